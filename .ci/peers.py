@@ -1,0 +1,1112 @@
+#!/usr/bin/env python3
+"""Check dotproxy with real programs: DNS clients in front, DNS-over-TLS servers behind.
+
+    .ci/peers.py                   every check, about two minutes
+    .ci/peers.py --list            their names
+    .ci/peers.py --only unbound    those whose name matches the regular expression
+    .ci/peers.py --bench           queries/s and CPU time per query beside unbound's
+
+Each DoT server program stands behind the proxy in turn, with a certificate made for
+the run, and every client program asks through it. Then come load over a slow link,
+certificates that must be refused, and servers that die or hang.
+
+Where the system allows it, all of this happens in a network and a mount namespace of
+its own: no port can clash, nothing leaves the machine, and the system's resolver can
+be pointed at the proxy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+LOOPBACK = "127.0.0.1"
+TLS_NAME = "dot.test"
+
+
+class CheckError(Exception):
+    """What was expected did not happen."""
+
+
+class Skipped(Exception):
+    """This machine cannot run the check."""
+
+
+def expect(claim: bool, detail: str) -> None:
+    """Raise CheckError with the detail unless the claim holds."""
+    if not claim:
+        raise CheckError(detail)
+
+
+# ---- Namespaces ----------------------------------------------------------------------
+
+INSIDE = "DOTPROXY_PEERS_NAMESPACE"  # set once we are in namespaces of our own
+
+
+def in_namespace() -> bool:
+    return INSIDE in os.environ
+
+
+def enter_namespace() -> None:
+    """Start again in a network and a mount namespace, if that is allowed here."""
+    command = ["unshare", "--net", "--mount"]
+    if os.geteuid() != 0:
+        command.append("--map-root-user")
+    if in_namespace() or not shutil.which(command[0]):
+        return
+    if subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+        os.environ[INSIDE] = "1"
+        os.execvp(command[0], [*command, sys.executable, __file__, *sys.argv[1:]])
+
+
+def arrange_namespace(directory: Path) -> None:
+    """Bring up loopback and point the system's resolver at the proxy on port 53."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True, timeout=10)
+    files = {
+        "/etc/resolv.conf": f"nameserver {LOOPBACK}\n",
+        "/etc/nsswitch.conf": "hosts: files dns\n",
+    }
+    for path, text in files.items():
+        ours = directory / Path(path).name
+        ours.write_text(text)
+        if Path(path).exists():
+            command = ["mount", "--bind", str(ours), path]
+            subprocess.run(command, check=True, timeout=10)
+
+
+# ---- Processes -----------------------------------------------------------------------
+# Programs started here: where they run, when they are ready, and that they end.
+
+READY_SECONDS = 10.0
+STOP_SECONDS = 5.0
+CLIENT_SECONDS = 20.0
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class Process:
+    """A program with its output in a file, ended by its own process id."""
+
+    def __init__(self, command: list[str], directory: Path) -> None:
+        self.output_file = directory / "output.log"
+        own = {k: v for k, v in os.environ.items() if not k.startswith("DOTPROXY_")}
+        with self.output_file.open("ab") as output:
+            self._popen = subprocess.Popen(
+                command,
+                cwd=directory,
+                env=own,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+            )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def output(self) -> str:
+        return self.output_file.read_text(errors="replace")
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        """Return when it is ready; end it if that fails, or is interrupted."""
+        deadline = time.monotonic() + READY_SECONDS
+        try:
+            while not is_ready():
+                running = self._popen.poll() is None and time.monotonic() < deadline
+                expect(running, f"did not start: {self.output()[-400:]}")
+                time.sleep(0.01)
+        except BaseException:
+            self.stop()
+            raise
+
+    def send(self, signal_number: int) -> None:
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal_number)
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
+        """End it, by SIGKILL if it does not obey in time, and return its status."""
+        self.send(signal_number)
+        try:
+            self._popen.communicate(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.communicate(timeout=STOP_SECONDS)
+        return self._popen.returncode
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far: fields 14 and 15 of proc(5) stat."""
+        stat = Path(f"/proc/{self._popen.pid}/stat").read_text()
+        fields = stat.rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+
+
+def run(*command: str, timeout: float = CLIENT_SECONDS) -> str:
+    """Run a client program, which must end well, and return what it said."""
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        text=True,
+    )
+    expect(result.returncode == 0, f"status {result.returncode}: {result.stdout}")
+    return result.stdout
+
+
+def free_port() -> int:
+    """Pick a port free for UDP and TCP, below those that the kernel gives to clients.
+
+    A client that keeps dialling a dead server on loopback can otherwise be given the
+    server's own port, and is then connected to itself.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        tcp, udp = socket.socket(), socket.socket(type=socket.SOCK_DGRAM)
+        with tcp, udp, contextlib.suppress(OSError):
+            tcp.bind((LOOPBACK, port))
+            udp.bind((LOOPBACK, port))
+            return port
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) == 0
+
+
+# ---- Certificates --------------------------------------------------------------------
+# Made anew for each run. Python 3.13 verifies strictly: keyUsage and key identifiers
+# must be there.
+
+GOOD_NAMES = f"DNS:{TLS_NAME},IP:{LOOPBACK}"
+WRONG_NAMES = "DNS:other.example.org,DNS:resolver.example.net"
+
+
+def openssl(directory: Path, command: str) -> None:
+    key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+    words = shlex.split(command.replace("NEW-KEY", key))
+    subprocess.run(
+        ["openssl", *words], cwd=directory, check=True, capture_output=True, timeout=30
+    )
+
+
+def make_authority(directory: Path, name: str) -> None:
+    openssl(
+        directory,
+        f"req -x509 NEW-KEY -keyout {name}.key -out {name}.pem -days 2"
+        f" -subj '/CN={name}' -addext basicConstraints=critical,CA:TRUE"
+        " -addext keyUsage=critical,keyCertSign",
+    )
+
+
+def make_certificate(
+    directory: Path,
+    name: str,
+    *,
+    names: str = GOOD_NAMES,
+    ca: str = "ca",
+    days: int = 2,
+) -> None:
+    extensions = (
+        f"subjectAltName={names}\nbasicConstraints=CA:FALSE\n"
+        "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        "extendedKeyUsage=serverAuth\n"
+    )
+    (directory / f"{name}.ext").write_text(extensions)
+    openssl(
+        directory, f"req -new NEW-KEY -keyout {name}.key -out {name}.csr -subj '/CN=x'"
+    )
+    openssl(
+        directory,
+        f"x509 -req -in {name}.csr -out {name}.pem -extfile {name}.ext -days {days}"
+        f" -CA {ca}.pem -CAkey {ca}.key -CAcreateserial",
+    )
+
+
+class Lab:
+    """The directory of a run, the certificates in it, and the proxy to be checked."""
+
+    def __init__(self, directory: Path, proxy: Path) -> None:
+        self.directory = directory
+        self.proxy = proxy
+        self.last_proxy: Process | None = None
+        make_authority(directory, "ca")
+        make_authority(directory, "unknown-ca")
+        make_certificate(directory, "good")
+        make_certificate(directory, "wrong-name", names=WRONG_NAMES)
+        make_certificate(directory, "expired", days=-1)
+        make_certificate(directory, "unknown", ca="unknown-ca")
+
+    def new_directory(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.directory))
+
+
+# ---- DoT servers ---------------------------------------------------------------------
+# Four programs that answer for the same names. The names are under example.com since
+# unbound and Knot Resolver answer for .test themselves.
+
+TTL = 300
+HOST = "host.example.com"
+LIST = [f"list{i}.example.com" for i in range(5)]
+MANY = "many.example.com"  # 100 addresses: more than 1232 bytes
+LARGE = "large.example.com"  # one TXT record of 1510 bytes
+MISSING = "missing.example.com"
+BENCH = "bench.example.com"  # dnsdist answers for every name under it
+BENCH_ADDRESS = "192.0.2.99"
+STRINGS = [f"{i:0150d}" for i in range(10)]
+RRSETS = {
+    (HOST, "A"): ["192.0.2.1"],
+    (HOST, "AAAA"): ["2001:db8::1"],
+    (MANY, "A"): [f"198.51.100.{i}" for i in range(1, 101)],
+    (LARGE, "TXT"): [" ".join(f'"{string}"' for string in STRINGS)],
+    **{(name, "A"): [f"192.0.2.{10 + i}"] for i, name in enumerate(LIST)},
+}
+NAMES = sorted({name for name, _ in RRSETS})
+ZONE_LINES = [
+    f"{name}. {TTL} IN {rrtype} {rdata}"
+    for (name, rrtype), rdatas in RRSETS.items()
+    for rdata in rdatas
+]
+
+
+def lua_rdata(rrtype: str, rdata: str) -> str:
+    """Write a record's data, in wire format, as a Lua string."""
+    if rrtype == "A":
+        wire = socket.inet_pton(socket.AF_INET, rdata)
+    elif rrtype == "AAAA":
+        wire = socket.inet_pton(socket.AF_INET6, rdata)
+    else:
+        wire = b"".join(bytes([len(s)]) + s.encode() for s in shlex.split(rdata))
+    return '"' + "".join(f"\\{byte:03d}" for byte in wire) + '"'
+
+
+def lua_rdatas(name: str, rrtype: str) -> str:
+    rdatas = RRSETS[name, rrtype]
+    return "{" + ", ".join(lua_rdata(rrtype, rdata) for rdata in rdatas) + "}"
+
+
+class Setup(NamedTuple):
+    """What a server's configuration is written from."""
+
+    port: int
+    web_port: int  # dnsdist only, for its counters
+    certificate: str  # path without the suffix: .pem is the chain, .key its key
+    directory: Path
+
+
+def configure_dnsdist(setup: Setup) -> dict[str, str]:
+    lines = [
+        f"setLocal('{LOOPBACK}:{free_port()}')",
+        "setSecurityPollSuffix('')",
+        "setMaxTCPClientThreads(4)",
+        f"webserver('{LOOPBACK}:{setup.web_port}')",
+        "setWebserverConfig({statsRequireAuthentication=false})",
+        f"addTLSLocal('{LOOPBACK}:{setup.port}', '{setup.certificate}.pem',"
+        f" '{setup.certificate}.key', {{maxInFlight=1000, reusePort=true}})",
+        f"addAction('{BENCH}.', SpoofAction('{BENCH_ADDRESS}', {{ttl={TTL}}}))",
+    ]
+    for name, rrtype in RRSETS:
+        rule = f"AndRule({{QNameRule('{name}'), QTypeRule(DNSQType.{rrtype})}})"
+        action = f"SpoofRawAction({lua_rdatas(name, rrtype)}, {{ttl={TTL}}})"
+        lines.append(f"addAction({rule}, {action})")
+    for name in NAMES:
+        lines.append(f"addAction(QNameRule('{name}'), RCodeAction(DNSRCode.NOERROR))")
+    lines.append("addAction(AllRule(), RCodeAction(DNSRCode.NXDOMAIN))")
+    return {"config": "\n".join(lines) + "\n"}
+
+
+UNBOUND = """
+server:
+  interface: {address}@{port}
+  directory: "{directory}"
+  username: ""
+  chroot: ""
+  pidfile: ""
+  do-daemonize: no
+  use-syslog: no
+  num-threads: 1
+  module-config: iterator
+"""
+
+
+def configure_unbound(setup: Setup) -> dict[str, str]:
+    config = UNBOUND.format(
+        address=LOOPBACK, port=setup.port, directory=setup.directory
+    )
+    lines = [
+        f"  tls-port: {setup.port}",
+        f"  tls-service-pem: {setup.certificate}.pem",
+        f"  tls-service-key: {setup.certificate}.key",
+        "  local-zone: example.com. static",
+        *(f"  local-data: '{line}'" for line in ZONE_LINES),
+    ]
+    return {"config": config + "\n".join(lines) + "\n"}
+
+
+def configure_kresd(setup: Setup) -> dict[str, str]:
+    lines = [
+        f"net.listen('{LOOPBACK}', {setup.port}, {{ kind = 'tls' }})",
+        f"net.tls('{setup.certificate}.pem', '{setup.certificate}.key')",
+        "for _, name in ipairs({'priming', 'ta_update', 'ta_signal_query',"
+        " 'detect_time_skew', 'detect_time_jump'}) do pcall(modules.unload, name) end",
+        "trust_anchors.remove('.')",
+        "modules = { 'policy' }",
+    ]
+    for name in NAMES:
+        answers = ", ".join(
+            f"[kres.type.{rrtype}]={{rdata={lua_rdatas(name, rrtype)}, ttl={TTL}}}"
+            for owner, rrtype in RRSETS
+            if owner == name
+        )
+        action = f"policy.ANSWER({{ {answers} }}, true)"
+        lines.append(f"policy.add(policy.suffix({action}, {{ todname('{name}.') }}))")
+    lines.append("policy.add(policy.all(policy.DENY))")
+    return {"config": "\n".join(lines) + "\n"}
+
+
+NAMED = """
+controls {{ }};
+tls certificate {{ cert-file "{certificate}.pem"; key-file "{certificate}.key"; }};
+options {{
+  directory "{directory}";
+  listen-on port {port} tls certificate {{ {address}; }};
+  listen-on-v6 {{ none; }};
+  pid-file none;
+  session-keyfile none;
+  recursion no;
+  notify no;
+}};
+zone "example.com" {{ type primary; file "zone"; }};
+"""
+
+
+def configure_named(setup: Setup) -> dict[str, str]:
+    config = NAMED.format(address=LOOPBACK, **setup._asdict())
+    zone = [
+        f"$TTL {TTL}",
+        "@ SOA ns.example.com. admin.example.com. 1 3600 600 86400 300",
+        "@ NS ns.example.com.",
+        "ns.example.com. A 192.0.2.53",
+        *ZONE_LINES,
+    ]
+    return {"config": config, "zone": "\n".join(zone) + "\n"}
+
+
+class Program(NamedTuple):
+    """How a DoT server is started, with the path of its configuration to follow."""
+
+    command: list[str]
+    configure: Callable[[Setup], dict[str, str]]
+
+
+PROGRAMS = {
+    "dnsdist": Program(
+        ["dnsdist", "--supervised", "--disable-syslog", "-C"], configure_dnsdist
+    ),
+    "unbound": Program(["unbound", "-d", "-c"], configure_unbound),
+    "knot-resolver": Program(["kresd", "-n", "-c"], configure_kresd),
+    "bind9": Program(["named", "-g", "-4", "-n", "1", "-c"], configure_named),
+}
+
+
+def copy_program(name: str, directory: Path) -> str:
+    """Copy an installed program: AppArmor goes by path, and knows no place of ours."""
+    path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    found = shutil.which(name, path=path)
+    expect(found is not None, f"{name} is not installed")
+    return str(shutil.copy(str(found), directory))
+
+
+class Server:
+    """One DoT server that can be stopped and started again on the same port."""
+
+    def __init__(self, lab: Lab, program: str, certificate: str = "good") -> None:
+        self.directory = lab.new_directory(program)
+        self.port = free_port()
+        self.web_port = free_port()
+        path = str(lab.directory / certificate)
+        setup = Setup(self.port, self.web_port, path, self.directory)
+        (name, *options), configure = PROGRAMS[program]
+        for file, text in configure(setup).items():
+            (self.directory / file).write_text(text)
+        copy = copy_program(name, self.directory)
+        self._command = [copy, *options, str(self.directory / "config")]
+        self.start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send(signal.SIGCONT)
+        self.process.stop()
+
+    def start(self) -> None:
+        self.process = Process(self._command, self.directory)
+        self.process.wait_until(lambda: accepts(self.port))
+
+    def queries(self) -> int:
+        """Ask dnsdist how many queries it has seen."""
+        url = f"http://{LOOPBACK}:{self.web_port}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as response:
+            text = response.read().decode()
+        count = re.search(r"^dnsdist_queries (\d+)$", text, re.MULTILINE)
+        expect(count is not None, "dnsdist has no counter of queries")
+        return int(count[1]) if count else 0
+
+
+# ---- The proxy and a slow link -------------------------------------------------------
+
+
+class Proxy:
+    """dotproxy as a user runs it."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        upstream_port: int,
+        *,
+        name: str = f"#{TLS_NAME}",
+        listen: str = "",
+    ) -> None:
+        self.lab = lab
+        self.port = free_port()
+        listen_options = ["--listen", f"{LOOPBACK}:{self.port}"]
+        if listen:
+            listen_options += ["--listen", listen]
+        command = [
+            *(sys.executable, str(lab.proxy)),
+            *listen_options,
+            *("--upstream", f"{LOOPBACK}:{upstream_port}{name}"),
+            *("--ca-file", str(lab.directory / "ca.pem")),
+        ]
+        self.process = Process(command, lab.new_directory("dotproxy"))
+        lab.last_proxy = self.process
+        self.process.wait_until(lambda: "ready" in self.process.output())
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stop()
+
+
+async def delay_direction(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float
+) -> None:
+    """Copy bytes in order, each `delay` seconds after it came; then the end as well."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+    async def deliver() -> None:
+        while True:
+            due, chunk = await queue.get()
+            await asyncio.sleep(due - loop.time())
+            if not chunk:
+                return
+            writer.write(chunk)
+
+    delivery = asyncio.ensure_future(deliver())
+    while not delivery.done():
+        try:
+            chunk = await reader.read(65536)
+        except ConnectionError:
+            chunk = b""
+        queue.put_nowait((loop.time() + delay, chunk))
+        if not chunk:
+            await delivery
+    writer.close()
+
+
+async def relay(listen_port: int, target_port: int, round_trip: float) -> None:
+    """Relay TCP connections with half of the round trip's delay in each direction."""
+
+    async def accept(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        far_reader, far_writer = await asyncio.open_connection(LOOPBACK, target_port)
+        await asyncio.gather(
+            delay_direction(reader, far_writer, round_trip / 2),
+            delay_direction(far_reader, writer, round_trip / 2),
+        )
+
+    server = await asyncio.start_server(accept, LOOPBACK, listen_port)
+    async with server:
+        await server.serve_forever()
+
+
+@contextlib.contextmanager
+def slow_link(lab: Lab, target_port: int, round_trip: float) -> Iterator[int]:
+    """Run a relay in a process of its own; yield the port that it listens on."""
+    port = free_port()
+    words = [str(port), str(target_port), str(round_trip)]
+    command = [sys.executable, __file__, "--relay", *words]
+    with Process(command, lab.new_directory("relay")) as process:
+        process.wait_until(lambda: accepts(port))
+        yield port
+
+
+# ---- Client programs -----------------------------------------------------------------
+# Every one of these is asked through the proxy with each of the servers behind it. They
+# ask once: a second try would hide a lost answer.
+
+DIG = f"dig @{LOOPBACK} -p PORT +tries=1 +time=5"
+KDIG = f"kdig @{LOOPBACK} -p PORT +retry=0"
+IPV4 = re.escape(RRSETS[HOST, "A"][0])
+IPV6 = RRSETS[HOST, "AAAA"][0]
+MIXED_CASE = "hOsT.eXaMpLe.CoM"
+
+
+class Ask(NamedTuple):
+    """A client's command, and the regular expressions that its output must match."""
+
+    command: str
+    patterns: list[str]
+
+
+def only(rdatas: list[str]) -> str:
+    """Match these lines and no others."""
+    return r"\A" + r"\s+".join(re.escape(rdata) for rdata in rdatas) + r"\s*\Z"
+
+
+LIST_ADDRESSES = only([RRSETS[name, "A"][0] for name in LIST])
+RETRIED = ";; Truncated, retrying in TCP mode"
+
+ASKS = {
+    "dig A": Ask(
+        f"{DIG} {HOST} A",
+        ["status: NOERROR", "ANSWER: 1,", rf"\sA\s+{IPV4}\s", r"SERVER: .* \(UDP\)"],
+    ),
+    "dig AAAA": Ask(f"{DIG} +short {HOST} AAAA", [only([IPV6])]),
+    "dig +tcp": Ask(
+        f"{DIG} +tcp {HOST} A", [rf"\sA\s+{IPV4}\s", r"SERVER: .* \(TCP\)"]
+    ),
+    "dig +tcp +keepopen, five names": Ask(
+        f"{DIG} +tcp +keepopen +short {' '.join(LIST)}", [LIST_ADDRESSES]
+    ),
+    "dig +bufsize=512, large TXT: cut, then whole over TCP": Ask(
+        f"{DIG} +bufsize=512 {LARGE} TXT", [RETRIED, *STRINGS]
+    ),
+    "dig +bufsize=4096 +ignore, large TXT: TC, no sections": Ask(
+        f"{DIG} +bufsize=4096 +ignore {LARGE} TXT",
+        ["flags: qr[a-z ]* tc", "ANSWER: 0,", r"MSG SIZE  rcvd: \d{2,3}\n"],
+    ),
+    "dig +noedns, 100 addresses: cut, then whole over TCP": Ask(
+        f"{DIG} +noedns {MANY} A", [RETRIED, *map(re.escape, RRSETS[MANY, "A"])]
+    ),
+    "dig +noedns: no OPT in the answer": Ask(
+        f"{DIG} +noedns {HOST} A", [IPV4, r"\A(?![\s\S]*OPT PSEUDOSECTION)"]
+    ),
+    "dig +dnssec: DO in the answer's OPT": Ask(
+        f"{DIG} +dnssec {HOST} A", ["EDNS: version: 0, flags: do", IPV4]
+    ),
+    "dig NXDOMAIN": Ask(f"{DIG} {MISSING} A", ["status: NXDOMAIN"]),
+    "dig TYPE65280": Ask(f"{DIG} {HOST} TYPE65280", ["status: NOERROR", "ANSWER: 0,"]),
+    "dig mIxEd case: echoed": Ask(f"{DIG} {MIXED_CASE} A", [f";{MIXED_CASE}.", IPV4]),
+    "kdig": Ask(f"{KDIG} {HOST} A", ["status: NOERROR", IPV4, r"\(UDP\)"]),
+    "kdig +tcp +keepopen, five names": Ask(
+        f"{KDIG} +tcp +keepopen +short {' '.join(LIST)}", [LIST_ADDRESSES]
+    ),
+    "drill": Ask(
+        f"drill -p PORT {HOST} @{LOOPBACK} A", ["rcode: NOERROR", rf"\sA\s+{IPV4}\s"]
+    ),
+    "drill -t -D": Ask(
+        f"drill -t -D -p PORT {HOST} @{LOOPBACK} A",
+        ["rcode: NOERROR", "flags: do", IPV4],
+    ),
+    "host": Ask(
+        f"host -R 1 -p PORT {HOST} {LOOPBACK}",
+        [f"has address {IPV4}", f"has IPv6 address {IPV6}"],
+    ),
+}
+
+GETADDRINFO = f"""
+import socket
+for answer in socket.getaddrinfo({HOST!r}, 853, type=socket.SOCK_STREAM):
+    print(answer[4][0])
+"""
+
+
+def expect_match(pattern: str, text: str) -> None:
+    expect(bool(re.search(pattern, text)), f"no {pattern!r} in: {text}")
+
+
+def ask(proxy: Proxy, command: str) -> str:
+    return run(*command.replace("PORT", str(proxy.port)).split())
+
+
+def check_ask(question: Ask, proxy: Proxy) -> None:
+    output = ask(proxy, question.command)
+    for pattern in question.patterns:
+        expect_match(pattern, output)
+
+
+def check_getaddrinfo(_: Proxy) -> None:
+    if not in_namespace():
+        raise Skipped("needs root, or unprivileged user namespaces")
+    output = run(sys.executable, "-c", GETADDRINFO)
+    expect(sorted(output.split()) == sorted([*RRSETS[HOST, "A"], IPV6]), output)
+
+
+def check_clean_end(proxy: Proxy) -> None:
+    status = proxy.process.stop()
+    expect(status == 0, f"status {status}")
+    expect("Traceback" not in proxy.process.output(), "a traceback in the log")
+
+
+CLIENT_CHECKS: dict[str, Callable[[Proxy], None]] = {
+    **{title: partial(check_ask, question) for title, question in ASKS.items()},
+    "getaddrinfo through resolv.conf": check_getaddrinfo,
+    "SIGTERM: exit status 0, no traceback in the log": check_clean_end,
+}
+
+
+@contextlib.contextmanager
+def proxy_before(program: str, lab: Lab) -> Iterator[Proxy]:
+    also = f"{LOOPBACK}:53" if in_namespace() else ""
+    with Server(lab, program) as server, Proxy(lab, server.port, listen=also) as proxy:
+        yield proxy
+
+
+# ---- Load ----------------------------------------------------------------------------
+# dnsperf with names that occur once, and a DoT server 20 ms away.
+
+
+def write_names(lab: Lab, count: int, prefix: str) -> Path:
+    path = lab.new_directory("names") / "names"
+    with path.open("w") as file:
+        file.writelines(f"{prefix}{i}.{BENCH} A\n" for i in range(count))
+    return path
+
+
+def dnsperf(port: int, names: Path, *options: str, outstanding: int) -> str:
+    """Load the server, from 10 sockets, and return dnsperf's report."""
+    command = ["dnsperf", "-s", LOOPBACK, "-p", str(port), "-d", str(names)]
+    load = ["-W", "-c", "10", "-b", "1024", "-q", str(outstanding)]
+    return run(*command, *load, *options, timeout=90)
+
+
+@contextlib.contextmanager
+def proxy_far_from_server(lab: Lab, round_trip: float = 0.020) -> Iterator[Proxy]:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(lab, "dnsdist"))
+        port = stack.enter_context(slow_link(lab, server.port, round_trip))
+        yield stack.enter_context(Proxy(lab, port))
+
+
+def check_load(mode: str, count: int, outstanding: int, proxy: Proxy) -> None:
+    names = write_names(proxy.lab, count, mode)
+    report = dnsperf(proxy.port, names, "-n", "1", "-m", mode, outstanding=outstanding)
+    statistics = report[report.find("Statistics:") :]
+    expect_match(r"Queries lost: +0 ", statistics)
+    expect_match(rf"Response codes: +NOERROR {count} \(100.00%\)\n", statistics)
+    expect("Warning" not in report, report)
+
+
+LOAD_CHECKS: dict[str, Callable[[Proxy], None]] = {
+    "dnsperf, 100,000 names over UDP": partial(check_load, "udp", 100_000, 500),
+    "dnsperf, 20,000 names over TCP": partial(check_load, "tcp", 20_000, 200),
+}
+
+
+# ---- Certificates that must be refused -----------------------------------------------
+# The server must not see a query; the client and the log must be told why.
+
+WRONG_NAMES_IN_LOG = r"other\.example\.org.*resolver\.example\.net"
+
+
+def check_accepted(name: str, lab: Lab) -> None:
+    """Show that the counter counts, and that the certificate is good otherwise."""
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port, name=name) as proxy:
+        expect_match(IPV4, ask(proxy, f"{DIG} {HOST}"))
+        count = server.queries()
+        expect(count > 0, f"{count} queries counted")
+
+
+def expect_refusal(proxy: Proxy, cause: str) -> None:
+    """Expect SERVFAIL with a reason, over UDP and TCP, and the cause in the log."""
+    for transport in ("+notcp", "+tcp"):
+        output = ask(proxy, f"{DIG} {transport} {HOST}")
+        expect_match("status: SERVFAIL", output)
+        expect_match(r"EDE: \d+ .*: \(.+\)", output)
+    expect_match(r"status: SERVFAIL(?![\s\S]*EDE)", ask(proxy, f"{DIG} +noedns {HOST}"))
+    expect_match(f"(?i){cause}", proxy.process.output())
+
+
+def check_refused(certificate: str, cause: str, lab: Lab) -> None:
+    server = Server(lab, "dnsdist", certificate)
+    with server, Proxy(lab, server.port) as proxy:
+        expect_refusal(proxy, cause)
+        count = server.queries()
+        expect(count == 0, f"the server was sent {count} queries")
+
+
+def start_old_tls(lab: Lab, port: int) -> Process:
+    """Start a server that speaks TLS 1.1 and prints whatever it is sent through it."""
+    certificate = lab.directory / "good"
+    options = f"-quiet -tls1_1 -cipher ALL:@SECLEVEL=0 -accept {LOOPBACK}:{port}"
+    files = ["-cert", f"{certificate}.pem", "-key", f"{certificate}.key"]
+    command = ["openssl", "s_server", *options.split(), *files]
+    return Process(command, lab.new_directory("s_server"))
+
+
+def check_old_tls_refused(lab: Lab) -> None:
+    port = free_port()
+    with start_old_tls(lab, port) as server:
+        server.wait_until(lambda: accepts(port))
+        with Proxy(lab, port) as proxy:
+            expect_refusal(proxy, r"(protocol.version|unsupported.protocol|TLS ?v?1\.)")
+        expect("example" not in server.output(), "the server was sent a query")
+
+
+CERTIFICATE_CHECKS: dict[str, Callable[[Lab], None]] = {
+    "right name": partial(check_accepted, f"#{TLS_NAME}"),
+    "right address, no name given": partial(check_accepted, ""),
+    "wrong name": partial(check_refused, "wrong-name", WRONG_NAMES_IN_LOG),
+    "expired": partial(check_refused, "expired", "expired"),
+    "unknown CA": partial(check_refused, "unknown", "(issuer|unknown ca|self.signed)"),
+    "TLS 1.1": check_old_tls_refused,
+}
+
+
+# ---- Servers that die or hang --------------------------------------------------------
+# A client of our own that sends each query once and notes what became of it.
+
+PATIENCE = 4.5  # glibc's resolver gives up after 5 seconds
+ADDRESS = socket.inet_aton(BENCH_ADDRESS)
+
+
+class Outcome(NamedTuple):
+    """One query: when it was sent, how long it took and how it ended."""
+
+    sent: float
+    seconds: float
+    result: str
+
+
+def build_query(number: int) -> bytes:
+    name = f"query{number}.{BENCH}"
+    labels = b"".join(bytes([len(x)]) + x.encode() for x in name.split("."))
+    return struct.pack("!6H", number, 0x0100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
+
+
+def result_of(query: bytes, message: bytes) -> str:
+    """Name the outcome: "right", or what is wrong with the message."""
+    if message[3] & 15:
+        return f"rcode {message[3] & 15}"
+    same_question = message[12 : len(query)] == query[12:]
+    return "right" if same_question and ADDRESS in message else "wrong"
+
+
+class Load:
+    """Queries at a steady rate, from a thread of its own while it is a context."""
+
+    def __init__(self, port: int, *, rate: int, seconds: float) -> None:
+        self._port = port
+        self._interval = 1 / rate
+        self._count = int(rate * seconds)
+        self._sent: list[float] = []
+        self._answers: dict[int, tuple[float, bytes]] = {}
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(self._count * self._interval + PATIENCE + 5)
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        with socket.socket(type=socket.SOCK_DGRAM) as client:
+            client.connect((LOOPBACK, self._port))
+            for number in range(self._count):
+                self._receive(client, start + number * self._interval)
+                self._sent.append(time.monotonic())
+                client.send(build_query(number))
+            self._receive(client, time.monotonic() + PATIENCE)
+
+    def _receive(self, client: socket.socket, deadline: float) -> None:
+        """Note answers until the deadline, or until every query has its own."""
+        while (left := deadline - time.monotonic()) > 0:
+            if len(self._answers) == self._count:
+                return
+            client.settimeout(left)
+            with contextlib.suppress(socket.timeout):
+                message = client.recv(4096)
+                number = int.from_bytes(message[:2], "big")
+                self._answers.setdefault(number, (time.monotonic(), message))
+
+    def outcomes(self) -> list[Outcome]:
+        expect(len(self._sent) == self._count, "the load generator did not finish")
+        found = []
+        for number, sent in enumerate(self._sent):
+            answer = self._answers.get(number)
+            if answer is None or answer[0] - sent > PATIENCE:
+                found.append(Outcome(sent, PATIENCE, "no answer"))
+                continue
+            result = result_of(build_query(number), answer[1])
+            found.append(Outcome(sent, answer[0] - sent, result))
+        return found
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    results = Counter(outcome.result for outcome in outcomes)
+    slowest = max(outcome.seconds for outcome in outcomes)
+    return f"{dict(results)}, slowest {slowest:.3f} s"
+
+
+def check_killed(lab: Lab) -> None:
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port) as proxy:
+        with Load(proxy.port, rate=200, seconds=6) as load:
+            for _ in range(3):
+                time.sleep(1.5)
+                server.process.stop(signal.SIGKILL)
+                server.start()
+
+        outcomes = load.outcomes()
+        expect(all(o.result == "right" for o in outcomes), summary(outcomes))
+
+
+def check_stopped(lab: Lab) -> None:
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port) as proxy:
+        with Load(proxy.port, rate=100, seconds=6) as load:
+            time.sleep(1)
+            server.process.send(signal.SIGSTOP)
+            time.sleep(2)
+            server.process.send(signal.SIGCONT)
+            resumed = time.monotonic()
+
+        outcomes = load.outcomes()
+        expect(all(o.result != "no answer" for o in outcomes), summary(outcomes))
+        later = [o for o in outcomes if o.sent > resumed + 1]
+        recovered = all(o.result == "right" and o.seconds < 1 for o in later)
+        expect(recovered, f"1 s after SIGCONT: {summary(later)}")
+
+
+def check_absent(lab: Lab) -> None:
+    with Proxy(lab, free_port()) as proxy:
+        expect_refusal(proxy, "refused")
+
+
+def check_ended_in_flight(signal_number: int, lab: Lab) -> None:
+    """A signal comes while ten queries are on their way to a distant server."""
+    with proxy_far_from_server(lab, round_trip=0.4) as proxy:
+        expect_match("status: NOERROR", ask(proxy, f"{DIG} warm.{BENCH}"))
+        with Load(proxy.port, rate=1000, seconds=0.010) as load:
+            time.sleep(0.2)
+            status = proxy.process.stop(signal_number)
+
+        expect(status == 0, f"status {status}")
+        outcomes = load.outcomes()
+        expect(all(o.result == "right" for o in outcomes), summary(outcomes))
+
+
+OUTAGE_CHECKS: dict[str, Callable[[Lab], None]] = {
+    "killed and restarted three times under 200 queries/s": check_killed,
+    "stopped for 2 s under 100 queries/s": check_stopped,
+    "nothing listens: SERVFAIL, and why": check_absent,
+    "SIGTERM with queries in flight": partial(check_ended_in_flight, signal.SIGTERM),
+    "SIGINT with queries in flight": partial(check_ended_in_flight, signal.SIGINT),
+}
+
+
+# ---- Bench ---------------------------------------------------------------------------
+# The proxy and unbound, one after the other, before the same dnsdist.
+
+BENCH_SECONDS = 4
+HIT_NAMES = 1000
+MISS_NAMES = 400_000
+FORWARD = """  do-not-query-localhost: no
+  tls-cert-bundle: "{directory}/ca.pem"
+forward-zone:
+  name: "."
+  forward-tls-upstream: yes
+  forward-addr: {address}@{port}#{name}
+"""
+
+
+@contextlib.contextmanager
+def dotproxy_forwarder(lab: Lab, upstream_port: int) -> Iterator[tuple[int, Process]]:
+    with Proxy(lab, upstream_port) as proxy:
+        yield proxy.port, proxy.process
+
+
+@contextlib.contextmanager
+def unbound_forwarder(lab: Lab, upstream_port: int) -> Iterator[tuple[int, Process]]:
+    port, directory = free_port(), lab.new_directory("unbound")
+    config = UNBOUND.format(address=LOOPBACK, port=port, directory=directory)
+    config += FORWARD.format(
+        directory=lab.directory, address=LOOPBACK, port=upstream_port, name=TLS_NAME
+    )
+    (directory / "config").write_text(config)
+    command = [copy_program("unbound", directory), "-d", "-c", "config"]
+    with Process(command, directory) as process:
+        process.wait_until(lambda: accepts(port))
+        yield port, process
+
+
+def measure(port: int, process: Process, names: Path) -> str:
+    """Load for a few seconds; write queries/s and CPU microseconds per query."""
+    before = process.cpu_seconds()
+    report = dnsperf(port, names, "-l", str(BENCH_SECONDS), outstanding=100)
+    spent = process.cpu_seconds() - before
+    completed = re.search(r"NOERROR (\d+)", report)
+    count = int(completed[1]) if completed else 1
+    return f"{count / BENCH_SECONDS:12,.0f}{spent / count * 1e6:12.1f}"
+
+
+def bench(lab: Lab) -> None:
+    print(f"{'':10}{'hit/s':>12}{'CPU us':>12}{'miss/s':>12}{'CPU us':>12}", flush=True)
+    forwarders = {"dotproxy": dotproxy_forwarder, "unbound": unbound_forwarder}
+    with Server(lab, "dnsdist") as server:
+        for name, forwarder in forwarders.items():
+            with forwarder(lab, server.port) as (port, process):
+                hits = write_names(lab, HIT_NAMES, "hit")
+                dnsperf(port, hits, "-n", "2", outstanding=20)
+                hit = measure(port, process, hits)
+                miss = measure(port, process, write_names(lab, MISS_NAMES, "miss"))
+                print(f"{name:10}{hit}{miss}", flush=True)
+
+
+# ---- Running the checks --------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+class Report:
+    """Prints a line for each check, and counts them."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self.counts = Counter({"passed": 0, "failed": 0})
+
+    @contextlib.contextmanager
+    def check(self, title: str) -> Iterator[None]:
+        """Report whether the block passed; go on in either case."""
+        try:
+            yield
+        except Skipped as reason:
+            self._add("skipped", f"skip {title}: {reason}")
+        except (CheckError, OSError, subprocess.SubprocessError) as error:
+            self._add("failed", f"FAIL {title}: {error}")
+            self._print_log()
+        else:
+            self._add("passed", f"ok {title}")
+
+    def _add(self, verdict: str, line: str) -> None:
+        self.counts[verdict] += 1
+        print(" ".join(line.split())[:1500], flush=True)
+
+    def _print_log(self) -> None:
+        if self._lab.last_proxy is not None:
+            for line in self._lab.last_proxy.output().splitlines()[-12:]:
+                print("    log:", line, flush=True)
+
+
+@dataclass
+class Group(Generic[T]):
+    """Checks that share what `stage` starts for them."""
+
+    name: str
+    stage: Callable[[Lab], AbstractContextManager[T]]
+    checks: dict[str, Callable[[T], None]]
+
+    def titles(self, wanted: re.Pattern[str]) -> dict[str, str]:
+        """Return the title of each wanted check by the check's name."""
+        titles = {name: f"{self.name}: {name}" for name in self.checks}
+        return {name: title for name, title in titles.items() if wanted.search(title)}
+
+    def run(self, lab: Lab, wanted: re.Pattern[str], report: Report) -> None:
+        titles = self.titles(wanted)
+        if not titles:
+            return
+        lab.last_proxy = None
+        shared = report.check(f"{self.name}: start and end")
+        with shared, self.stage(lab) as subject:
+            for name, title in titles.items():
+                with report.check(title):
+                    self.checks[name](subject)
+
+
+GROUPS: list[Group[Proxy] | Group[Lab]] = [
+    *(Group(name, partial(proxy_before, name), CLIENT_CHECKS) for name in PROGRAMS),
+    Group("load", proxy_far_from_server, LOAD_CHECKS),
+    Group("certificate", contextlib.nullcontext, CERTIFICATE_CHECKS),
+    Group("outage", contextlib.nullcontext, OUTAGE_CHECKS),
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check dotproxy with real programs.")
+    beside = Path(__file__).resolve().parent.parent / "dotproxy.py"
+    parser.add_argument("--proxy", type=Path, default=beside, help="file to check")
+    parser.add_argument("--only", type=re.compile, default="", metavar="REGEX")
+    parser.add_argument("--list", action="store_true", help="print the checks' names")
+    parser.add_argument("--bench", action="store_true", help="measure, check nothing")
+    parser.add_argument("--relay", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def end(*_: object) -> None:
+    """Leave by an exception, once: what was started is ended on the way out."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def run_all(lab: Lab, wanted: re.Pattern[str]) -> int:
+    """Run the wanted checks and return the exit status."""
+    report = Report(lab)
+    for group in GROUPS:
+        group.run(lab, wanted, report)
+    print(", ".join(f"{count} {verdict}" for verdict, count in report.counts.items()))
+    return 1 if report.counts["failed"] or not report.counts["passed"] else 0
+
+
+def main() -> int:
+    args = parse_args()
+    if args.relay:
+        listen_port, target_port, round_trip = args.relay
+        asyncio.run(relay(int(listen_port), int(target_port), float(round_trip)))
+        return 0
+    if args.list:
+        for group in GROUPS:
+            print(*group.titles(args.only).values(), sep="\n")
+        return 0
+    enter_namespace()
+    signal.signal(signal.SIGTERM, end)
+    with tempfile.TemporaryDirectory(prefix="dotproxy-peers-") as name:
+        directory = Path(name)
+        if in_namespace():
+            arrange_namespace(directory)
+        lab = Lab(directory, args.proxy.resolve())
+        if args.bench:
+            bench(lab)
+            return 0
+        return run_all(lab, args.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

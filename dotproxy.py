@@ -1,0 +1,3061 @@
+#!/usr/bin/env python3
+"""dotproxy: plain DNS in, DNS over TLS out, in one file of the standard library.
+
+The path of a query
+
+    UDP datagrams
+      UDPServer.get_request         drain the socket: one request = one batch of datagrams
+      UDPServer.process_request     WorkerPool.submit(the batch)   full -> drop [udp thread]
+      UDPHandler.handle             parse_query         FormatError -> FORMERR  [handler]
+        Proxy.resolve               join the same question in flight, else a new Exchange
+        UpstreamGroup.send          pick an upstream and one of its connections
+        Connection.send             assign an ID, append the frame, flush if nobody does
+      ... the handler thread is free ...
+      Connection._run               recv, decrypt, split, match ID and question [upstream]
+        UpstreamGroup.answered      good: complete; SERVFAIL or REFUSED: ask another
+        Proxy.complete              once: build the response for everyone who waits
+        reply                       sendto; never blocks
+      Timer                         hedge, retry, SERVFAIL at the deadline      [timer]
+
+    TCP clients enter at the same Proxy.resolve from StreamHandler, with another `reply`.
+
+Three contracts carry the design
+
+    Proxy.resolve(queries)   never blocks; every `reply` is called exactly once, by
+                             whichever thread has the answer, SERVFAIL at worst.
+    reply(response)          never blocks, never raises; an answer that its client
+                             cannot take is dropped.
+    Exchange                 one question in flight. Lost connection, time-out, hedging
+                             and giving up all mean "send it again, or fail it".
+
+Threads
+
+    main          waits for signals
+    udp-*, tcp-*  one per listening socket: receive datagrams, accept connections
+    worker-*      pool: parse and send a batch of UDP queries
+    stream-*      pool: one per connected TCP client, reads its queries
+    upstream-*    one per upstream connection: connects, shakes hands, reads, replies
+    timer         whatever has to happen later
+
+Locks (none is ever held while another is taken, or over I/O, a callback or a log call)
+
+    Proxy._lock          questions in flight and who waits for them
+    UpstreamGroup._lock  upstreams, their health and connections; the retry state of
+                         exchanges; those that wait for a connection; hedge budget
+    Connection._lock     pending IDs, frames to send, who flushes
+    Connection._tls_lock the TLS object and its two memory BIOs
+    Timer._condition     the heap of what is due
+    WorkerPool._lock     number of threads, of idle ones and of queued tasks
+    TCPServer._lock      connected clients
+    StreamHandler._lock  octets that the client has not taken yet, queries in flight
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import enum
+import errno
+import functools
+import heapq
+import ipaddress
+import itertools
+import logging
+import math
+import os
+import queue
+import random
+import select
+import shlex
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+__version__ = "0.1.0"
+
+logger = logging.getLogger("dotproxy")
+
+
+# ---- Protocol numbers and errors -----------------------------------------------------
+# Names for wire values and one error tree. Plain ints where they are tested per query:
+# comparing with an IntEnum member costs 84 ns, with an int 31 ns.
+
+QR, TC, RD, RA, Z, AD, CD = 0x8000, 0x0200, 0x0100, 0x0080, 0x0040, 0x0020, 0x0010
+OPCODE_MASK = 0x7800
+RCODE_MASK = 0x000F
+DO = 0x8000  # in the flags of an OPT record, RFC 3225
+TYPE_SOA, TYPE_OPT, TYPE_IXFR, TYPE_AXFR = 6, 41, 251, 252
+OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING = 8, 10, 11, 12
+OPTION_EDE = 15
+
+HEADER = struct.Struct("!HHHHHH")  # RFC 1035 section 4.1.1
+RECORD = struct.Struct(
+    "!HHIH"
+)  # what follows a record's name: type, class, TTL, length
+PAIR = struct.Struct("!HH")  # option code and length, frame length and ID, ID and flags
+
+MAX_NAME = 255  # octets with the root label, RFC 1035 section 2.3.4
+MIN_MESSAGE = 12  # octets: a header
+MAX_MESSAGE = 65535
+MIN_UDP_SIZE = 512  # what every client takes, RFC 1035 section 4.2.1
+MAX_UDP_SIZE = 1232  # no fragments on any common path, DNS flag day 2020
+QUERY_BLOCK = 128  # octets that queries are padded to, RFC 8467 section 4.1
+
+
+class Rcode(enum.IntEnum):
+    """Response codes that dotproxy itself gives (RFC 1035, RFC 6891)."""
+
+    NOERROR = 0
+    FORMERR = 1
+    SERVFAIL = 2
+    NXDOMAIN = 3
+    NOTIMP = 4
+    REFUSED = 5
+    BADVERS = 16
+
+
+class ExtendedError(enum.IntEnum):
+    """Info codes of Extended DNS Errors (RFC 8914 section 4)."""
+
+    OTHER = 0
+    NOT_READY = 14
+    NO_REACHABLE_AUTHORITY = 22
+    NETWORK_ERROR = 23
+
+
+class DotproxyError(Exception):
+    """What dotproxy raises itself; each child has one outcome."""
+
+
+class FormatError(DotproxyError):
+    """A message that breaks the wire format: answered with `rcode`, or distrusted."""
+
+    def __init__(self, text: str, rcode: Rcode = Rcode.FORMERR) -> None:
+        super().__init__(text)
+        self.rcode = rcode
+
+
+class UpstreamError(DotproxyError):
+    """A connection that could not be made or kept: the next one is tried.
+
+    `cause` is one of a closed set of words, `str()` says what and how to mend it.
+    """
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+    def extended_error(self) -> ExtendedError:
+        """Return the info code that comes nearest to the cause."""
+        if self.cause in ("timeout", "certificate", "tls", "overload"):
+            return ExtendedError.NO_REACHABLE_AUTHORITY
+        return ExtendedError.NETWORK_ERROR
+
+
+class ConfigError(DotproxyError):
+    """A set-up that cannot work: one line on stderr and exit status `status`."""
+
+    def __init__(self, text: str, status: int = 2) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+# ---- Messages (RFC 1035, RFC 6891, RFC 7830, RFC 8467) -------------------------------
+# Pure functions over bytes: no clock, no lock, no socket. A query is parsed once into
+# what its answer must look like, a response once into what can be served from it.
+
+
+class Query:
+    """A well-formed query: what was asked, and what its answer must look like."""
+
+    __slots__ = (
+        "client",  # the address that asked, without its port
+        "edns",  # whether the client sent an OPT record
+        "edns_flags",  # of its OPT record, DO among them
+        "flags",  # of the header
+        "id",
+        "keepalive",  # whether the answer tells the idle timeout, RFC 7828
+        "key",  # equal for queries that one upstream query can answer
+        "limit",  # octets that the answer may have
+        "options",  # EDNS options to pass on, as on the wire
+        "question",  # QNAME, QTYPE and QCLASS as sent, case included
+        "refusal",  # RCODE to refuse it with, or 0
+    )
+
+    def __init__(self, ident: int, flags: int, question: bytes, limit: int) -> None:
+        self.id = ident
+        self.flags = flags
+        self.question = question
+        self.limit = limit
+        self.client = ""
+        self.key = b""
+        self.edns = False
+        self.edns_flags = 0
+        self.options = b""
+        self.keepalive = False
+        self.refusal = 0
+
+
+def end_of_question(message: bytes) -> int:
+    """Return the offset past the first question, which may not use compression."""
+    offset = 12
+    try:
+        while length := message[offset]:
+            if length > 63:
+                raise FormatError(f"label type {length:#x} in the question")
+            offset += length + 1
+    except IndexError:
+        raise FormatError("question past the end") from None
+    if offset - 11 > MAX_NAME:
+        raise FormatError("QNAME longer than 255 octets")
+    if offset + 5 > len(message):
+        raise FormatError("question past the end")
+    return offset + 5
+
+
+def skip_name(message: bytes, offset: int) -> int:
+    """Return the offset past the name at `offset`; a compression pointer ends it."""
+    start = offset
+    try:
+        while length := message[offset]:
+            if length >= 0xC0:
+                if message[offset + 1] | (length & 0x3F) << 8 >= start:
+                    raise FormatError("compression pointer forwards")
+                return offset + 2
+            if length > 63:
+                raise FormatError(f"label type {length:#x}")
+            offset += length + 1
+    except IndexError:
+        raise FormatError("name past the end") from None
+    return offset + 1
+
+
+def parse_query(message: bytes, stream: bool = False) -> Query:
+    """Parse a message of at least 12 octets with QR=0; `stream`: it came over TCP.
+
+    Raises FormatError with the RCODE to answer: FORMERR, or NOTIMP for an opcode other
+    than QUERY. Zone transfers and EDNS versions above 0 parse, with a `refusal`.
+    """
+    ident, flags, questions, answers, authority, extra = HEADER.unpack_from(message)
+    if flags & OPCODE_MASK:
+        raise FormatError(f"opcode {flags >> 11 & 15}", Rcode.NOTIMP)
+    if questions != 1:
+        raise FormatError(f"QDCOUNT {questions}")
+    end = end_of_question(message)
+    question = message[12:end]
+    query = Query(ident, flags, question, MAX_MESSAGE if stream else MIN_UDP_SIZE)
+    if message[end - 4] == 0 and message[end - 3] in (TYPE_IXFR, TYPE_AXFR):
+        query.refusal = Rcode.REFUSED
+    elif answers or authority:
+        raise FormatError("records in the answer or authority section of a query")
+    elif extra:
+        _parse_opt(query, message, end, extra, stream)
+    elif len(message) != end:
+        raise FormatError("octets after the question")
+    # Lengths of labels are below "A", so lower() changes letters only. AD is not part of
+    # the key: it is asked for always, and taken out for clients that did not ask.
+    query.key = b"%b%b%c%b%b" % (
+        question[:-4].lower(),
+        question[-4:],
+        flags >> 8 & 1 | flags & (CD | Z),
+        query.edns_flags.to_bytes(2, "big"),
+        query.options,
+    )
+    return query
+
+
+def _parse_opt(
+    query: Query, message: bytes, offset: int, records: int, stream: bool
+) -> None:
+    """Read the OPT record of a query's additional section; skip other records."""
+    for _ in range(records):
+        start = offset
+        offset = skip_name(message, offset)
+        if offset + 10 > len(message):
+            raise FormatError("record past the end")
+        rrtype, size, ttl, length = RECORD.unpack_from(message, offset)
+        offset += 10 + length
+        if offset > len(message):
+            raise FormatError(f"RDLENGTH {length} past the end")
+        if rrtype != TYPE_OPT:
+            continue
+        if query.edns or message[start]:
+            raise FormatError("two OPT records" if query.edns else "OPT with a name")
+        query.edns = True
+        query.edns_flags = ttl & 0xFFFF
+        if ttl & 0x00FF0000:
+            query.refusal = Rcode.BADVERS
+        if not stream:
+            query.limit = max(MIN_UDP_SIZE, min(size, MAX_UDP_SIZE))
+        if length:
+            options = message[offset - length : offset]
+            query.options, dropped = split_options(options, QUERY_OPTIONS_ENDING_HERE)
+            query.keepalive = stream and OPTION_KEEPALIVE in dropped
+    if offset != len(message):
+        raise FormatError("octets after the last record")
+
+
+# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or of
+# the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
+QUERY_OPTIONS_ENDING_HERE = frozenset(
+    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
+)
+
+
+def split_options(options: bytes, ending: frozenset[int]) -> tuple[bytes, list[int]]:
+    """Return the options whose code is not in `ending`, and the codes that are."""
+    passed, dropped, offset = [], [], 0
+    while offset < len(options):
+        if offset + 4 > len(options):
+            raise FormatError("EDNS option past the end")
+        code, length = PAIR.unpack_from(options, offset)
+        end = offset + 4 + length
+        if end > len(options):
+            raise FormatError(f"EDNS option of {length} octets past the end")
+        if code in ending:
+            dropped.append(code)
+        else:
+            passed.append(options[offset:end])
+        offset = end
+    return b"".join(passed), dropped
+
+
+def find_option(options: bytes, wanted: int) -> bytes | None:
+    """Return the data of the first option with this code in well-formed options."""
+    offset = 0
+    while offset < len(options):
+        code, length = PAIR.unpack_from(options, offset)
+        offset += 4 + length
+        if code == wanted:
+            return options[offset - length : offset]
+    return None
+
+
+@functools.lru_cache(maxsize=1024)  # 0.1 us against 0.7 us; few shapes of query recur
+def _upstream_opt(length: int, edns_flags: int, options: bytes) -> bytes:
+    """Build the OPT record that pads a message of `length` octets to a whole block."""
+    options += PAIR.pack(OPTION_KEEPALIVE, 0)
+    padding = -(length + 11 + len(options) + 4) % QUERY_BLOCK
+    options += PAIR.pack(OPTION_PADDING, padding) + bytes(padding)
+    head = RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, edns_flags, len(options))
+    return b"\0" + head + options
+
+
+def build_upstream_query(query: Query) -> bytes:
+    """Build what goes upstream, without its ID: padded, RD and CD carried, AD set.
+
+    AD says that we understand the AD bit of the response (RFC 6840 section 5.7); clients
+    that did not say so get the response without it.
+    """
+    question = query.question
+    flags = query.flags & (RD | CD | Z) | AD
+    opt = _upstream_opt(12 + len(question), query.edns_flags, query.options)
+    return b"%b\0\1\0\0\0\0\0\1%b%b" % (flags.to_bytes(2, "big"), question, opt)
+
+
+class Response:
+    """An upstream's well-formed response, without its OPT record, ready to be served."""
+
+    __slots__ = (
+        "body",  # the records, as on the wire
+        "counts",  # ANCOUNT, NSCOUNT, ARCOUNT without the OPT record, on the wire
+        "flags",
+        "negative_ttl",  # of NXDOMAIN and NODATA with an SOA record, else None
+        "options",  # EDNS options to pass on to clients that speak EDNS
+        "rcode",  # with the upper bits of the OPT record
+        "ttl",  # the shortest; 0 where a TTL has the top bit set; None without records
+        "ttl_offsets",  # into the body
+        "upstream_options",  # all of them, for who owns the connection
+    )
+
+    def __init__(self, flags: int) -> None:
+        self.flags = flags
+        self.rcode = flags & RCODE_MASK
+        self.ttl: int | None = None
+        self.negative_ttl: int | None = None
+        self.options = b""
+        self.upstream_options = b""
+        self.counts = bytes(6)
+        self.body = b""
+        self.ttl_offsets: Sequence[int] = ()
+
+
+RESPONSE_OPTIONS_ENDING_HERE = frozenset(
+    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
+)
+
+
+def parse_response(message: bytes, end: int) -> Response:
+    """Walk a response whose question, checked by the caller, ends at `end`.
+
+    Raises FormatError. Where records follow the OPT record they are dropped with it:
+    the additional section is optional (RFC 2181 section 9), moving names is not safe.
+    """
+    _, flags, _, answers, authority, extra = HEADER.unpack_from(message)
+    response = Response(flags)
+    offset, size, number = end, len(message), -1
+    stop, kept = 0, extra
+    lowest, offsets = 1 << 32, []
+    try:
+        for number in range(answers + authority + extra):
+            start = offset
+            if message[offset] >= 0xC0:
+                offset += 2
+            else:
+                offset = skip_name(message, offset)
+            rrtype, _, ttl, length = RECORD.unpack_from(message, offset)
+            offset += 10 + length
+            if rrtype == TYPE_OPT:
+                if stop or message[start] or number < answers + authority:
+                    raise FormatError("misplaced OPT record")
+                stop, kept = start, number - answers - authority
+                response.rcode |= ttl >> 20 & 0xFF0
+                _read_response_options(response, message[offset - length : offset])
+            elif not stop:
+                offsets.append(offset - length - 6 - end)
+                if ttl < lowest:
+                    lowest = ttl
+                elif ttl >= 1 << 31:
+                    lowest = 0
+                if rrtype == TYPE_SOA and not answers and length >= 20:
+                    minimum = int.from_bytes(message[offset - 4 : offset], "big")
+                    response.negative_ttl = min(ttl, minimum)
+    except (IndexError, struct.error):
+        raise FormatError("record past the end") from None
+    if offset != size:
+        raise FormatError("message ends inside or after its last record")
+    response.body = message[end : stop or size]
+    response.counts = message[6:10] + kept.to_bytes(2, "big")
+    if offsets:
+        response.ttl = lowest if lowest < 1 << 31 else 0
+        response.ttl_offsets = offsets
+    return response
+
+
+def _read_response_options(response: Response, options: bytes) -> None:
+    if not options:
+        return
+    response.upstream_options = options
+    response.options, _ = split_options(options, RESPONSE_OPTIONS_ENDING_HERE)
+
+
+# OPT record towards a client, ready for the two usual cases: no options, DO off or on.
+_PLAIN_OPT = {
+    flags: b"\0" + RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, flags, 0) for flags in (0, DO)
+}
+CLIENT_IDLE_TIMEOUT = 10  # seconds a TCP client may be idle, RFC 7766 section 6.2.3
+
+
+def _client_opt(query: Query, rcode: int, options: bytes) -> bytes:
+    """Build the OPT record of an answer: none for a client that sent none."""
+    if not query.edns:
+        return b""
+    if query.keepalive:
+        options += b"\0\x0b\0\2" + (CLIENT_IDLE_TIMEOUT * 10).to_bytes(2, "big")
+    flags = query.edns_flags & DO
+    if not options and rcode < 16:
+        return _PLAIN_OPT[flags]
+    ttl = rcode >> 4 << 24 | flags
+    return b"\0" + RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, ttl, len(options)) + options
+
+
+def build_answer(query: Query, response: Response) -> bytes:
+    """Build the client's answer; one over the client's limit has TC=1 and no records."""
+    flags = response.flags & ~(RD | AD) | query.flags & RD
+    if query.flags & AD or query.edns_flags & DO:
+        flags |= response.flags & AD
+    opt = _client_opt(query, response.rcode, response.options)
+    question, body, counts = query.question, response.body, response.counts
+    if 12 + len(question) + len(body) + len(opt) > query.limit:
+        flags, body, counts = flags | TC, b"", bytes(6)
+        opt = _client_opt(query, response.rcode, b"")
+    if opt:
+        extra = (counts[4] << 8 | counts[5]) + 1
+        counts = counts[:4] + extra.to_bytes(2, "big")
+    head = PAIR.pack(query.id, flags)
+    return b"%b\0\1%b%b%b%b" % (head, counts, question, body, opt)
+
+
+def build_error(
+    query: Query, rcode: int, info: ExtendedError | None = None, text: str = ""
+) -> bytes:
+    """Build an answer of our own; EDNS clients learn why (RFC 8914)."""
+    options = b""
+    if info is not None:
+        reason = text.encode("utf-8", "replace")[:200]
+        options = PAIR.pack(OPTION_EDE, 2 + len(reason))
+        options += info.to_bytes(2, "big") + reason
+    response = Response(QR | RA | query.flags & CD | rcode & RCODE_MASK)
+    response.rcode = rcode
+    response.options = options
+    return build_answer(query, response)
+
+
+def build_format_error(message: bytes, rcode: Rcode) -> bytes:
+    """Build the bare header that answers a message which could not be parsed."""
+    flags = QR | (message[2] << 8) & (OPCODE_MASK | RD) | rcode
+    return message[:2] + flags.to_bytes(2, "big") + bytes(8)
+
+
+def split_frames(octets: bytes) -> tuple[list[bytes], bytes]:
+    """Split a stream into messages (RFC 1035 section 4.2.2) and what is left over.
+
+    A length below a header's stays left over: nothing after it can be trusted.
+    """
+    messages, offset, size = [], 0, len(octets)
+    while size - offset >= 2:
+        length = octets[offset] << 8 | octets[offset + 1]
+        end = offset + 2 + length
+        if end > size or length < MIN_MESSAGE:
+            break
+        messages.append(octets[offset + 2 : end])
+        offset = end
+    return messages, octets[offset:]
+
+
+def answerable(message: bytes) -> bool:
+    """Tell whether a message deserves any answer: a whole header, and not a response."""
+    return len(message) >= 12 and message[2] < 0x80
+
+
+# ---- Timer and worker threads --------------------------------------------------------
+# Two small things that everything with a thread needs; they know nothing of DNS.
+
+
+class Timer:
+    """One thread that calls functions when they are due, to the next `TICK`."""
+
+    TICK = 0.01  # s; what is due together wakes the thread once
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._condition = threading.Condition()  # guards _due and _closed
+        self._due: dict[int, list[Callable[[], None]]] = {}
+        self._ticks: list[int] = []  # a heap of the keys of _due
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="timer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def at(self, when: float, function: Callable[[], None]) -> None:
+        """Have `function` called at `when` or at most a tick later; any thread may ask.
+
+        The function may not block: it shares the thread with everything that is due.
+        """
+        tick = int(when / self.TICK) + 1
+        with self._condition:
+            functions = self._due.get(tick)
+            if functions is not None:
+                functions.append(function)
+                return
+            self._due[tick] = [function]
+            heapq.heappush(self._ticks, tick)
+            if self._ticks[0] == tick:
+                self._condition.notify()
+
+    def close(self) -> None:
+        """End the thread; what is not due yet is forgotten."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (functions := self._wait()) is not None:
+            for function in functions:
+                try:
+                    function()
+                except Exception:
+                    logger.exception("internal error: thread=timer")
+
+    def _wait(self) -> list[Callable[[], None]] | None:
+        with self._condition:
+            while not self._closed:
+                if not self._ticks:
+                    self._condition.wait()
+                    continue
+                left = self._ticks[0] * self.TICK - self._clock()
+                if left <= 0:
+                    return self._due.pop(heapq.heappop(self._ticks))
+                self._condition.wait(left)
+        return None
+
+
+class WorkerPool:
+    """At most `threads` threads that run at most `backlog` waiting tasks."""
+
+    IDLE = 20.0  # s after which a thread without work ends
+
+    def __init__(self, name: str, threads: int, backlog: int) -> None:
+        self._name = name
+        self._limit = threads
+        self._backlog = backlog
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._numbers = itertools.count(1)
+        # Guards _threads, _idle, _waiting and _closed.
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._waiting = 0
+        self._closed = False
+
+    def submit(self, task: Callable[[], None]) -> bool:
+        """Have a thread run `task`; False when too many tasks wait. Never blocks."""
+        with self._lock:
+            if self._closed or self._waiting >= self._backlog:
+                return False
+            self._waiting += 1
+            if self._waiting > self._idle and len(self._threads) < self._limit:
+                name = f"{self._name}-{next(self._numbers)}"
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._threads.add(thread)
+                self._idle += 1
+                thread.start()
+        self._tasks.put(task)
+        return True
+
+    def close(self) -> None:
+        """End the threads once the waiting tasks are done."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for _ in threads:
+            self._tasks.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (task := self._next()) is not None:
+            try:
+                task()
+            except Exception:
+                logger.exception("internal error: thread=%s", self._name)
+            with self._lock:
+                self._idle += 1
+
+    def _next(self) -> Callable[[], None] | None:
+        while True:
+            try:
+                task = self._tasks.get(timeout=self.IDLE)
+            except queue.Empty:
+                task = None
+            with self._lock:
+                if task is not None:
+                    self._idle -= 1
+                    self._waiting -= 1
+                    return task
+                if not self._waiting:
+                    self._idle -= 1
+                    self._threads.discard(threading.current_thread())
+                    return None
+
+
+# ---- Upstream connections (RFC 7858, RFC 7766, RFC 8310) -----------------------------
+# An exchange is one question in flight. A connection carries many of them, pipelined, to
+# one endpoint that has proved its name. It knows nothing of other connections.
+
+
+class Endpoint(NamedTuple):
+    """An upstream's address and the name that its certificate has to prove."""
+
+    host: str
+    port: int
+    name: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}#{self.name}"
+
+
+class Trust:
+    """Which certificates are believed: the TLS settings of every upstream connection."""
+
+    def __init__(self, ca_file: str | None = None) -> None:
+        """Load the CA certificates; raises ConfigError where there are none to load."""
+        self.ca_file = ca_file
+        self.context = self._build_context()
+
+    def certificate_names(self, raw: socket.socket) -> list[str]:
+        """Shake hands on a fresh connection and return the names in the certificate.
+
+        The chain is verified, the name is not: for the log line about a wrong name only;
+        no query ever goes this way. Blocks as long as the socket's timeout.
+        """
+        context = self._build_context()
+        context.check_hostname = False
+        with context.wrap_socket(raw) as tls:
+            certificate = tls.getpeercert() or {}
+        names = certificate.get("subjectAltName", ())
+        return [str(pair[1]) for pair in names if isinstance(pair, tuple)]
+
+    def has_authorities(self) -> bool:
+        """Tell whether there is any CA certificate to verify with."""
+        directory = ssl.get_default_verify_paths().capath
+        return (
+            self.context.cert_store_stats()["x509_ca"] > 0
+            or (self.ca_file is None
+            and directory is not None
+            and bool(os.listdir(directory)))
+        )
+
+    def _build_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            reason = getattr(error, "strerror", None) or "no certificate in it"
+            text = (
+                f"cannot read the CA file {self.ca_file}: {reason}; give --ca-file PEM"
+            )
+            raise ConfigError(text) from error
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["dot"])
+        return context
+
+
+def describe_network_error(error: OSError, endpoint: Endpoint) -> UpstreamError:
+    """Say what an error of the network means, and the likely cure."""
+    port = endpoint.port
+    if isinstance(error, socket.timeout):
+        text = f"no answer to the connection: is TCP port {port} blocked by a firewall?"
+        return UpstreamError("timeout", text)
+    if isinstance(error, ConnectionRefusedError):
+        return UpstreamError(
+            "refused", f"connection refused: nothing on TCP port {port}"
+        )
+    if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        return UpstreamError("reset", "connection reset")
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL):
+        return UpstreamError(
+            "unreachable", f"no route to {endpoint.host}: is there a network?"
+        )
+    return UpstreamError("network", f"{error.strerror or error}")
+
+
+# Reasons of a failed verification, by OpenSSL's number (x509_vfy.h), and what to do.
+VERIFY_HINTS = {
+    9: "not valid yet: check the clock of this host",
+    10: "expired: renew it there, or check the clock of this host",
+    18: "self-signed: give it with --ca-file if it is yours",
+    19: "from an unknown CA: give that CA with --ca-file if it is yours",
+    20: "from an unknown CA: give that CA with --ca-file if it is yours",
+    21: "from an unknown CA: give that CA with --ca-file if it is yours",
+    62: "for another name",
+    64: "for another address",
+}
+
+
+def describe_tls_error(error: ssl.SSLError, trust: Trust) -> UpstreamError:
+    """Say why a TLS handshake failed, and the likely cure."""
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        reason = (error.reason or "protocol error").replace("_", " ").lower()
+        if "version" in reason or "unsupported protocol" in reason:
+            reason += ": the server does not speak TLS 1.2 or newer"
+        return UpstreamError("tls", f"TLS handshake failed: {reason}")
+    number, text = error.verify_code, error.verify_message
+    if not trust.has_authorities():
+        hint = "there is no CA bundle: install ca-certificates, or give --ca-file PEM"
+        return UpstreamError("certificate", f"cannot verify the certificate: {hint}")
+    hint = VERIFY_HINTS.get(number, "not accepted")
+    now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    clock = f" (it says {now} UTC)" if number in (9, 10) else ""
+    return UpstreamError("certificate", f"certificate {hint}{clock} [{text}]")
+
+
+Reply = Callable[[bytes], None]
+
+
+class Exchange:
+    """One question in flight: who waits for it, and what has been tried.
+
+    `waiters` belongs to the Proxy's lock, from `copies` on to the UpstreamGroup's; `done`
+    is set once by the Proxy and read by everybody: it never becomes False again.
+    """
+
+    __slots__ = (
+        "avoid",  # the connection that was used last; a copy takes another
+        "copies",  # times it was sent
+        "deadline",
+        "done",
+        "failure",  # the best answer so far that another upstream may better
+        "live",  # copies that may still be answered
+        "losses",  # connections that died with it
+        "query",
+        "refused_by",  # upstreams that answered SERVFAIL or the like
+        "sent",  # when last
+        "started",
+        "waiters",
+        "wire",  # the upstream query without its ID
+    )
+
+    def __init__(self, query: Query, now: float, deadline: float) -> None:
+        self.query = query
+        self.wire = build_upstream_query(query)
+        self.started = self.sent = now
+        self.deadline = deadline
+        self.waiters: list[tuple[Query, Reply]] = []
+        self.done = False
+        self.copies = self.live = self.losses = 0
+        self.avoid: Connection | None = None
+        self.refused_by: tuple[Upstream, ...] = ()
+        self.failure: Response | None = None
+
+
+class Answer(NamedTuple):
+    """What a connection got for an exchange, and the seconds that it took."""
+
+    exchange: Exchange
+    response: Response
+    latency: float
+
+
+class ConnectionOwner:
+    """What a connection tells its owner, from its own thread, with no lock held."""
+
+    def connection_opened(self, connection: Connection) -> None:
+        """The upstream has proved its name: queries may be sent."""
+
+    def connection_answered(
+        self, connection: Connection, answers: list[Answer], now: float
+    ) -> None:
+        """These exchanges got a well-formed response to their very question."""
+
+    def connection_lost(
+        self, connection: Connection, error: UpstreamError, orphans: list[Exchange]
+    ) -> None:
+        """It could not be opened or is gone; the orphans will get no answer from it."""
+
+    def connection_choked(self, connection: Connection) -> None:
+        """The kernel takes no more octets: call `resume` in a moment."""
+
+
+class TLSChannel:
+    """The client's end of a TLS session, on memory buffers; no socket, no waiting.
+
+    An OpenSSL object may not be used by two threads at once (openssl #18209), and CPython
+    does not see to it. Any thread may call any method: each holds the lock, over calls
+    that touch memory only.
+    """
+
+    RECORD = 16384  # octets of plaintext that a TLS record has at most
+
+    def __init__(self, trust: Trust, name: str, session: ssl.SSLSession | None) -> None:
+        self._lock = threading.Lock()  # guards the two buffers and the TLS object
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = trust.context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=name, session=session
+        )
+
+    def shake_hands(self, octets: bytes) -> tuple[bytes, bool]:
+        """Take octets of the handshake; return those to send, and whether it is done.
+
+        Raises ssl.SSLError; `farewell` then has the alert that says why.
+        """
+        with self._lock:
+            self._incoming.write(octets)
+            try:
+                self._tls.do_handshake()
+                done = True
+            except ssl.SSLWantReadError:
+                done = False
+            return self._outgoing.read(), done
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """Return the octets to send for this plaintext, and for TLS itself."""
+        with self._lock:
+            if plaintext:
+                self._tls.write(plaintext)
+            return self._outgoing.read()
+
+    def decrypt(self, octets: memoryview) -> tuple[bytes, UpstreamError | None, bool]:
+        """Return the plaintext, why there will be no more, and if `encrypt` is due."""
+        parts, failure = [], None
+        with self._lock:
+            self._incoming.write(octets)
+            try:
+                # Asking only while octets are left saves an exception of 3 us a time.
+                while self._incoming.pending and failure is None:
+                    parts.append(self._tls.read(self.RECORD))
+                    if not parts[-1]:
+                        failure = UpstreamError("closed", "closed by the server")
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:
+                failure = UpstreamError("closed", "closed by the server")
+            except ssl.SSLError as error:
+                failure = UpstreamError("garbage", f"broken TLS: {error.reason}")
+            due = self._outgoing.pending > 0
+        return b"".join(parts), failure, due
+
+    def farewell(self) -> bytes:
+        """Return the last octets to send: close_notify, or the alert that is due."""
+        with self._lock:
+            with contextlib.suppress(ssl.SSLError, ValueError):
+                self._tls.unwrap()
+            return self._outgoing.read()
+
+    def session(self) -> ssl.SSLSession | None:
+        """Return the session to resume; complete only after the first answer."""
+        with self._lock:
+            return self._tls.session
+
+    def facts(self) -> tuple[str, bool]:
+        """Return the TLS version, and whether a session was resumed."""
+        with self._lock:
+            return self._tls.version() or "", bool(self._tls.session_reused)
+
+
+class Line:
+    """The way to an endpoint: a connected socket and a TLS channel over it.
+
+    Its owner's thread opens it and reads from it, blocking; `shut` wakes that thread from
+    any other.
+    """
+
+    READ_SIZE = 65536
+
+    def __init__(
+        self, endpoint: Endpoint, trust: Trust, clock: Callable[[], float]
+    ) -> None:
+        self._endpoint = endpoint
+        self._trust = trust
+        self._clock = clock
+        self._buffer = bytearray(self.READ_SIZE)
+        self._view = memoryview(self._buffer)
+        # Guards _socket against being closed while it is used, and _ended.
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._ended = False
+
+    def open(
+        self, patience: tuple[float, float], session: ssl.SSLSession | None
+    ) -> tuple[TLSChannel, float]:
+        """Connect and shake hands, within so many seconds each; raises UpstreamError.
+
+        Returns the channel, to an endpoint that has proved its name, and the seconds that
+        the TCP handshake took, which is a round trip.
+        """
+        start = self._clock()
+        raw = self._connect(start + patience[0])
+        round_trip = self._clock() - start
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        channel = TLSChannel(self._trust, self._endpoint.name, session)
+        deadline = self._clock() + patience[1]
+        try:
+            self._shake_hands(raw, channel, deadline)
+        except ssl.SSLError as error:
+            self.send(channel.farewell())
+            failure = describe_tls_error(error, self._trust)
+            raise self._add_names(failure, error, patience) from error
+        except OSError as error:
+            if isinstance(error, socket.timeout):
+                raise UpstreamError("timeout", "no end of the TLS handshake") from error
+            raise describe_network_error(error, self._endpoint) from error
+        raw.settimeout(None)
+        return channel, round_trip
+
+    def receive(self) -> memoryview:
+        """Wait for octets; raises UpstreamError when there will be no more."""
+        raw = self._socket
+        assert raw is not None
+        try:
+            size = raw.recv_into(self._buffer)
+        except OSError as error:
+            raise describe_network_error(error, self._endpoint) from error
+        if not size:
+            raise UpstreamError("closed", "closed by the server")
+        return self._view[:size]
+
+    def send(self, octets: bytes) -> int | None:
+        """Send what the kernel takes, without waiting; None when nothing ever will."""
+        raw = self._socket
+        if raw is None:
+            return None
+        try:
+            return raw.send(octets, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return None
+
+    def shut(self, farewell: bytes = b"") -> None:
+        """End it: whoever connects, shakes hands or receives gets an error at once."""
+        with self._lock:
+            self._ended = True
+            if self._socket is not None:
+                self.send(farewell)
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Free the socket; no other thread may be sending."""
+        with self._lock:
+            self._ended = True
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+    def _connect(self, deadline: float) -> socket.socket:
+        try:
+            found = socket.getaddrinfo(*self._endpoint[:2], type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise UpstreamError(
+                "resolve", f"cannot look up the address: {error}"
+            ) from None
+        failure = OSError(errno.EADDRNOTAVAIL, "no address")
+        for family, kind, protocol, _, address in found:
+            try:
+                raw = self._adopt(socket.socket(family, kind, protocol))
+                raw.settimeout(max(0.05, deadline - self._clock()))
+                raw.connect(address)
+                return raw
+            except OSError as error:
+                failure = error
+        raise describe_network_error(failure, self._endpoint) from failure
+
+    def _adopt(self, raw: socket.socket) -> socket.socket:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = raw
+            if self._ended:
+                raise UpstreamError("ended", "closed here")
+        return raw
+
+    def _shake_hands(
+        self, raw: socket.socket, channel: TLSChannel, deadline: float
+    ) -> None:
+        octets, done = channel.shake_hands(b"")
+        while True:
+            raw.settimeout(max(0.001, deadline - self._clock()))
+            raw.sendall(octets)
+            if done:
+                return
+            octets = raw.recv(self.READ_SIZE)
+            if not octets:
+                raise UpstreamError("tls", "closed during the TLS handshake")
+            octets, done = channel.shake_hands(octets)
+
+    def _add_names(
+        self, failure: UpstreamError, error: ssl.SSLError, patience: tuple[float, float]
+    ) -> UpstreamError:
+        """Tell a wrong name's cure: the names that the certificate does have."""
+        if getattr(error, "verify_code", 0) not in (62, 64):
+            return failure
+        with contextlib.suppress(OSError, UpstreamError):
+            raw = self._connect(self._clock() + patience[0])
+            raw.settimeout(patience[1])
+            names = ", ".join(self._trust.certificate_names(raw)[:8])
+            text = f"certificate is for {names}, not for {self._endpoint.name}"
+            return UpstreamError("certificate", f"{text}: give --upstream HOST#NAME")
+        return failure
+
+
+class Connection:
+    """One TLS connection to an upstream, with many queries in flight.
+
+    One thread connects, shakes hands and reads; any thread may send, none waits for
+    another or for the network. Whoever finds no flush under way becomes the flusher and
+    writes all that has gathered as one TLS write: 47-53 k queries/s against 23-31 k where
+    each query is a write of its own.
+    """
+
+    MAX_PENDING = 32768  # half of the IDs, so that a random free one is found at once
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        trust: Trust,
+        owner: ConnectionOwner,
+        *,
+        label: str,
+        patience: tuple[float, float] = (3.0, 3.0),
+        session: ssl.SSLSession | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare a connection; `patience`: seconds to connect, and to shake hands."""
+        self.endpoint = endpoint
+        self.alone: Exchange | None = None  # set by the owner: for this exchange only
+        self.retired = False  # set by the owner: takes no more queries
+        self.proved = False  # set by the owner: has answered
+        self.opened_at = 0.0
+        self.active_at = (
+            0.0  # when octets last came in, or a query went out after quiet
+        )
+        self.waiting_since: float | None = None  # for the first octets since a query
+        self.round_trip = 0.0  # s, of the TCP handshake
+        self._owner = owner
+        self._patience = patience
+        self._session = session
+        self._clock = clock
+        self._line = Line(endpoint, trust, clock)
+        self._channel: TLSChannel | None = None
+        self._lock = threading.Lock()  # guards all below, but for _unsent
+        self._flushed = threading.Condition(self._lock)  # told when a flush ends
+        self._pending: dict[int, tuple[Exchange, float]] = {}
+        self._frames: list[bytes] = []
+        self._flushing = False  # some thread is in _flush
+        self._stalled = False  # none may enter it: no room in the kernel, or broken
+        self._reply_due = False  # TLS has something to say of its own
+        self._open = False
+        self._ended = False
+        self._ids: list[int] = []
+        self._unsent = b""  # belongs to the flusher
+        self._thread = threading.Thread(target=self._run, name=label, daemon=True)
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether queries may be sent: a snapshot, it may close at any time."""
+        return self._open
+
+    @property
+    def pending(self) -> int:
+        """Return how many queries have had no answer: a snapshot."""
+        return len(self._pending)
+
+    def start(self) -> None:
+        """Start to connect."""
+        self._thread.start()
+
+    def send(self, exchanges: Sequence[Exchange], now: float) -> bool:
+        """Send the exchanges' queries; False, and nothing sent, where it is not open."""
+        with self._lock:
+            pending = self._pending
+            if not self._open or len(pending) + len(exchanges) > self.MAX_PENDING:
+                return False
+            if self.waiting_since is None:
+                self.waiting_since = self.active_at = now
+            for exchange in exchanges:
+                ident = self._new_id_locked()
+                pending[ident] = (exchange, now)
+                wire = exchange.wire
+                self._frames.append(PAIR.pack(len(wire) + 2, ident) + wire)
+            if self._flushing or self._stalled:
+                return True
+            self._flushing = True
+        self._flush()
+        return True
+
+    def resume(self) -> None:
+        """Go on with the flush that the kernel had no room for."""
+        with self._lock:
+            if not self._open or self._flushing:
+                return
+            self._stalled = False
+            self._flushing = True
+        self._flush()
+
+    def close(self) -> None:
+        """Close it from any thread; its own thread then reports it lost."""
+        with self._lock:
+            self._ended = True
+            channel = self._channel if self._open else None
+        self._line.shut(channel.farewell() if channel else b"")
+
+    def join(self) -> None:
+        """Wait until its thread has ended: at most as long as its patience."""
+        if self._thread.ident is not None:
+            self._thread.join(sum(self._patience) + 1.0)
+
+    def session(self) -> ssl.SSLSession | None:
+        """Return the TLS session to resume; complete only after the first answer."""
+        return self._channel.session() if self._channel is not None else None
+
+    def facts(self) -> tuple[str, bool]:
+        """Return the TLS version, and whether a session was resumed."""
+        return self._channel.facts() if self._channel is not None else ("", False)
+
+    def _run(self) -> None:
+        error = UpstreamError("ended", "closed here")
+        try:
+            channel, self.round_trip = self._line.open(self._patience, self._session)
+            self._channel = channel
+            self.opened_at = self.active_at = self._clock()
+            with self._lock:
+                self._open = not self._ended
+            self._owner.connection_opened(self)
+            self._read(channel)
+        except UpstreamError as failure:
+            error = error if self._ended else failure
+        except Exception:
+            logger.exception("internal error: thread=%s", self._thread.name)
+        finally:
+            self._owner.connection_lost(self, error, self._shut())
+
+    def _read(self, channel: TLSChannel) -> None:
+        """Read and hand on answers until the connection ends; raises UpstreamError."""
+        buffer = b""
+        while True:
+            octets = self._line.receive()
+            now = self._clock()
+            if self.waiting_since is not None:
+                self.waiting_since = now
+            plaintext, failure, due = channel.decrypt(octets)
+            if due:
+                self._flush_tls()
+            messages, buffer = split_frames(buffer + plaintext)
+            if messages:
+                answers, misfit = self._match(messages, now)
+                self._owner.connection_answered(self, answers, now)
+                failure = misfit or failure
+            if failure is not None:
+                raise failure
+            if len(buffer) >= 2 and buffer[0] == 0 and buffer[1] < MIN_MESSAGE:
+                raise UpstreamError("garbage", f"message of {buffer[1]} octets")
+
+    def _flush_tls(self) -> None:
+        with self._lock:
+            self._reply_due = True
+            if self._flushing or self._stalled:
+                return
+            self._flushing = True
+        self._flush()
+
+    def _match(
+        self, messages: list[bytes], now: float
+    ) -> tuple[list[Answer], UpstreamError | None]:
+        """Pair messages with exchanges, up to the first one that does not fit."""
+        found, failure = [], None
+        with self._lock:
+            pending = self._pending
+            for message in messages:
+                entry = pending.pop(message[0] << 8 | message[1], None)
+                if entry is None:
+                    text = "response with an ID that was not asked"
+                    failure = UpstreamError("garbage", text)
+                    break
+                found.append(entry)
+            self.active_at = now
+            self.waiting_since = now if pending else None
+        answers: list[Answer] = []
+        for (exchange, sent), message in zip(found, messages):
+            try:
+                response = self._check(message, exchange.query.question)
+            except FormatError as error:
+                orphans = found[len(answers) :]
+                with self._lock:  # under keys that are no IDs: no response finds them
+                    pending.update(enumerate(orphans, 1 << 16))
+                return answers, UpstreamError("garbage", str(error))
+            answers.append(Answer(exchange, response, now - sent))
+        return answers, failure
+
+    @staticmethod
+    def _check(message: bytes, question: bytes) -> Response:
+        """Parse a response that is one to this very question (RFC 5452 section 9.1)."""
+        if message[2] < 0x80 or message[4:6] != b"\0\1":
+            raise FormatError("no response to one question")
+        if not message.startswith(question, 12):
+            raise FormatError("response to another question")
+        return parse_response(message, 12 + len(question))
+
+    def _shut(self) -> list[Exchange]:
+        """Close the socket, once no other thread can be using it."""
+        with self._lock:
+            self._open = False
+            self._stalled = True
+            while self._flushing:
+                self._flushed.wait()
+            orphans = [exchange for exchange, _ in self._pending.values()]
+            self._pending = {}
+            self._frames = []
+        if self._channel is not None:
+            self._line.shut(self._channel.farewell())
+        self._line.close()
+        return orphans
+
+    def _new_id_locked(self) -> int:
+        while True:
+            if not self._ids:  # one system call for 512 IDs
+                self._ids = list(struct.unpack("=512H", os.urandom(1024)))
+            ident = self._ids.pop()
+            if ident not in self._pending:
+                return ident
+
+    def _flush(self) -> None:
+        """Write all that has gathered; run by the one thread that set _flushing."""
+        channel = self._channel
+        assert channel is not None
+        while True:
+            with self._lock:
+                frames, self._frames = self._frames, []
+                if not (frames or self._unsent or self._reply_due):
+                    self._flushing = False
+                    self._flushed.notify()
+                    return
+                self._reply_due = False
+            try:
+                self._unsent += channel.encrypt(b"".join(frames))
+            except (ssl.SSLError, ValueError):
+                self._stall()  # its own thread finds the same, and reports it
+                return
+            sent = self._line.send(self._unsent)
+            self._unsent = self._unsent[sent or 0 :]
+            if sent is None or self._unsent:
+                self._stall()
+                if sent is not None:
+                    self._owner.connection_choked(self)
+                return
+
+    def _stall(self) -> None:
+        with self._lock:
+            self._stalled = True
+            self._flushing = False
+            self._flushed.notify()
+
+
+# ---- Upstreams: health, strategy, retries --------------------------------------------
+# Which connection an exchange goes to, and what happens when no answer comes. Decisions
+# are made under one lock, on memory alone, and collected in a Plan; the plan is carried
+# out after the lock is released.
+
+
+class IdleLife:
+    """How long an upstream keeps idle connections, learned from when it closes them."""
+
+    START = 10.0  # s; what the large public resolvers were measured to keep
+    MARGIN = 0.8  # of a life is used: their clocks are coarse and packets travel
+    SHORTEST = 0.25  # s; below it a connection per query would do as well
+    SAMPLES = 5
+
+    def __init__(self) -> None:
+        self.told: float | None = None  # by edns-tcp-keepalive, RFC 7828
+        self._ages: collections.deque[float] = collections.deque(maxlen=self.SAMPLES)
+
+    def note(self, age: float) -> None:
+        """Take note that the server closed a connection that was idle for `age`."""
+        self._ages.append(age)
+
+    @property
+    def life(self) -> float:
+        """Return the believed life: the second shortest seen, as one may be a restart."""
+        if self.told is not None:
+            return self.told
+        return sorted(self._ages)[1] if len(self._ages) > 1 else self.START
+
+    @property
+    def usable_for(self) -> float:
+        """Return for how many seconds of idleness a connection may be used."""
+        return max(self.SHORTEST, self.life * self.MARGIN)
+
+
+class Health:
+    """How an upstream has been doing: plain numbers, guarded by the group's lock."""
+
+    OVERDUE_MIN, OVERDUE_MAX = 0.05, 1.0  # s; bounds of when an answer is overdue
+    GRACE = (
+        1.5  # s; an upstream that has worked may be restarting: queries wait so long
+    )
+    RETRY_MIN, RETRY_MAX = 0.5, 30.0  # s between attempts while it is down
+    RETRY_GRACE = 0.05  # s; first retry of one that worked a moment ago
+    RETRY_SHARE = 0.05  # of the outage so far: back within 5 % of what it lasted
+
+    def __init__(self) -> None:
+        self.latency: float | None = None  # s, smoothed
+        self.slow = self.OVERDUE_MIN  # s, about the 95th percentile
+        self.worked = False  # has ever answered
+        self.doubtful = False  # took queries and has not answered since
+        self.failures = 0  # connections in a row that did not open
+        self.failing_since: float | None = None
+        self.retry_at = 0.0  # when the next attempt may start
+        self.urgent_at = 0.0  # the same, where nothing else can serve
+        self.probe_at = 0.0  # when a doubtful one may get a copy of a query
+        self.error = UpstreamError("closed", "not connected yet")
+
+    @property
+    def overdue_after(self) -> float:
+        """Return after how many seconds an answer is overdue."""
+        return min(max(self.slow, self.OVERDUE_MIN), self.OVERDUE_MAX)
+
+    def down(self, now: float) -> bool:
+        """Tell whether to give up on it: failing, and not just for a moment."""
+        since = self.failing_since
+        return since is not None and not (self.worked and now - since < self.GRACE)
+
+    def opened(self, round_trip: float) -> None:
+        """Note a connection that opened, and the time of its TCP handshake."""
+        doubtful = self.doubtful
+        self.forgive()
+        self.doubtful = doubtful
+        if self.latency is None:
+            self.latency = round_trip
+            self.slow = 3 * round_trip
+
+    def forgive(self) -> None:
+        """Forget failures: what they were due to is over."""
+        self.failures = 0
+        self.failing_since = None
+        self.retry_at = self.urgent_at = 0.0
+        self.doubtful = False
+
+    def answered(self, latencies: Iterable[float]) -> None:
+        """Note answers; up by 19 % and down by 1 % balances at the 95th percentile."""
+        self.worked = True
+        self.doubtful = False
+        latency, slow = self.latency or 0.0, self.slow
+        for sample in latencies:
+            latency += (sample - latency) * 0.125
+            slow *= 1.19 if sample > slow else 0.99
+        self.latency = latency
+        self.slow = min(max(slow, 0.001), 2 * self.OVERDUE_MAX)
+
+    def failed(self, started: float, now: float, error: UpstreamError) -> None:
+        """Note a connection that was begun at `started` and did not open."""
+        if self.failing_since is None:
+            self.failing_since = started
+        self.failures += 1
+        self.error = error
+        jitter = random.uniform(0.75, 1.0)
+        outage = now - self.failing_since
+        delay = min(max(self.RETRY_MIN, outage * self.RETRY_SHARE), self.RETRY_MAX)
+        urgent = self.RETRY_MIN
+        if self.worked and outage < self.GRACE:
+            urgent = delay = min(delay, self.RETRY_GRACE * 2 ** (self.failures - 1))
+        self.retry_at = started + delay * jitter
+        self.urgent_at = started + urgent * jitter
+
+
+class Upstream:
+    """One endpoint and its connections; guarded by the group's lock."""
+
+    MAX_CONNECTIONS = 4  # at once, dying ones included: one works, one hedges
+    QUICK = (0.75, 1.25)  # s to connect and to shake hands: a lost SYN is sent again
+    PATIENT = (3.0, 3.0)  # s; the first try and every fourth, for very long lines
+
+    def __init__(self, endpoint: Endpoint, index: int) -> None:
+        self.endpoint = endpoint
+        self.index = index
+        self.health = Health()
+        self.idle = IdleLife()
+        self.connections: list[Connection] = []
+        self.session: ssl.SSLSession | None = None  # never given to another upstream
+        self.dialed_at = 0.0
+        self.reported = ""  # the error that the log knows of
+        self._numbers = itertools.count(1)
+
+    @property
+    def connecting(self) -> bool:
+        """Tell whether a connection for everybody's use is on its way."""
+        return any(c.opened_at == 0.0 and c.alone is None for c in self.connections)
+
+    def usable(self, now: float, avoid: Connection | None = None) -> Connection | None:
+        """Return the connection for the next query: the one heard of last."""
+        best, age = None, 0.0
+        for connection in self.connections:
+            if connection is avoid or not self._fit(connection, now):
+                continue
+            since = connection.waiting_since
+            silence = 0.0 if since is None else now - since
+            if best is None or silence < age:
+                best, age = connection, silence
+        return best
+
+    def lingering(self, now: float) -> list[Connection]:
+        """Return those that have been idle for too long to be used, oldest first."""
+        return [
+            c
+            for c in self.connections
+            if c.is_open and c.waiting_since is None and not self._fit(c, now)
+        ]
+
+    def silent(self, connection: Connection, now: float) -> bool:
+        """Tell whether an answer on this connection is overdue."""
+        since = connection.waiting_since
+        return since is not None and now - since > self.health.overdue_after
+
+    def label(self) -> str:
+        """Return a name for the next connection and its thread."""
+        return f"upstream-{self.endpoint.host}-{next(self._numbers)}"
+
+    def patience(self) -> tuple[float, float]:
+        """Return how long the next connection may take to open."""
+        tries = self.health.failures
+        first = tries == 0 and not self.health.worked
+        return self.PATIENT if first or tries % 4 == 3 else self.QUICK
+
+    def _fit(self, connection: Connection, now: float) -> bool:
+        if not connection.is_open or connection.retired or connection.alone:
+            return False
+        if connection.waiting_since is None:
+            return now - connection.active_at < self.idle.usable_for
+        return connection.pending < connection.MAX_PENDING // 2
+
+
+class HedgeBudget:
+    """Early copies allowed: a share of all queries, and a few to begin with."""
+
+    SHARE = 0.1  # so that a slow resolver is not doubled in load
+    BURST = 32.0  # a handful of clients on a bad line are all helped
+
+    def __init__(self) -> None:
+        self._tokens = self.BURST
+
+    def earn(self, queries: int) -> None:
+        """Note queries that were sent for the first time."""
+        self._tokens = min(self._tokens + queries * self.SHARE, self.BURST)
+
+    def spend(self) -> bool:
+        """Tell whether one early copy may be sent, and count it."""
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+
+Outcome = tuple[Exchange, "Response | UpstreamError"]
+
+
+class Plan:
+    """What was decided under the lock, to be done without it."""
+
+    __slots__ = ("closes", "done", "sends", "starts")
+
+    def __init__(self) -> None:
+        self.sends: dict[Connection, list[Exchange]] = {}
+        self.starts: list[Connection] = []
+        self.closes: list[Connection] = []
+        self.done: list[Outcome] = []
+
+    def send(self, connection: Connection, exchange: Exchange, now: float) -> None:
+        """Have the exchange sent on this connection."""
+        self.sends.setdefault(connection, []).append(exchange)
+        exchange.avoid = connection
+        exchange.sent = now
+        exchange.copies += 1
+        exchange.live += 1
+
+
+STRATEGIES = ("fastest", "round-robin", "random", "failover")
+
+
+class Fleet:
+    """The upstreams and their connections: which there are, which is the best.
+
+    Memory only; guarded by the group's lock. `connect` makes a Connection, not started,
+    to an upstream, for everybody or for one exchange alone.
+    """
+
+    WARM = 2  # upstreams that are kept connected while clients are active
+    LINGER = 60.0  # s; a connection too old to use is left to the server, to learn from
+    SILENCE = 2.0  # s without an octet, with queries waiting, that end a connection
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        strategy: str,
+        connect: Callable[[Upstream, Exchange | None], Connection],
+    ) -> None:
+        self.upstreams = [Upstream(e, index) for index, e in enumerate(endpoints)]
+        self.homes: dict[Connection, Upstream] = {}
+        self._strategy = strategy
+        self._connect = connect
+        self._turn = 0  # of round-robin
+
+    def ranking(self, now: float, exchange: Exchange | None = None) -> list[Connection]:
+        """Return a connection per upstream that has one, the best first.
+
+        For a copy of an exchange: not the connection that was tried last, nor upstreams
+        that refused it.
+        """
+        avoid = exchange.avoid if exchange else None
+        found = []
+        for upstream in self.upstreams:
+            if exchange and upstream in exchange.refused_by:
+                continue
+            connection = upstream.usable(now, avoid)
+            if connection is not None:
+                doubt = self.doubts(upstream, connection, now)
+                found.append((doubt, self._score(upstream, connection), connection))
+        if len(found) > 1:
+            found.sort(key=lambda entry: entry[:2])
+        return [connection for _, _, connection in found]
+
+    def doubts(self, upstream: Upstream, connection: Connection, now: float) -> bool:
+        """Tell whether to prefer any other: it has not answered when it should have."""
+        return upstream.health.doubtful or upstream.silent(connection, now)
+
+    def spread(self, ranked: list[Connection], now: float) -> list[Connection]:
+        """Return those that share new queries: one, or all in turn without doubts."""
+        if self._strategy in ("fastest", "failover") or len(ranked) == 1:
+            return ranked[:1]
+        sure = [c for c in ranked if not self.doubts(self.homes[c], c, now)]
+        self._turn += 1
+        return sure or ranked[:1]
+
+    def dial(self, plan: Plan, upstream: Upstream, now: float, urgent: bool) -> bool:
+        """Begin a connection, unless one is on its way or it is too early."""
+        retry_at = upstream.health.urgent_at if urgent else upstream.health.retry_at
+        if upstream.connecting or now < retry_at:
+            return False
+        shared = [c for c in upstream.connections if c.alone is None]
+        if len(shared) >= upstream.MAX_CONNECTIONS:
+            spare = upstream.lingering(now)
+            if not spare:
+                return False
+            plan.closes.append(spare[0])
+        upstream.dialed_at = now
+        self._begin(plan, upstream, None)
+        return True
+
+    def dial_alone(self, plan: Plan, exchange: Exchange, now: float) -> None:
+        """Begin a connection for this exchange alone, another upstream each time."""
+        usable = [u for u in self.upstreams if not u.health.down(now)] or self.upstreams
+        self._begin(plan, usable[exchange.losses % len(usable)], exchange)
+
+    def dial_some(self, plan: Plan, now: float, refused_by: Sequence[Upstream]) -> None:
+        """Begin connections wherever that may help a query that waits for one."""
+        for upstream in self.upstreams:
+            if upstream not in refused_by:
+                self.dial(plan, upstream, now, urgent=True)
+
+    def hopeful(self, now: float, refused_by: Sequence[Upstream]) -> bool:
+        """Tell whether a connection may open soon."""
+        return any(
+            upstream.connecting or not upstream.health.down(now)
+            for upstream in self.upstreams
+            if upstream not in refused_by
+        )
+
+    def keep_warm(self, plan: Plan, now: float) -> None:
+        """Begin connections so that the best upstreams have one ready."""
+        ready = [u for u in self.upstreams if u.usable(now)]
+        missing = [u for u in self.upstreams if u not in ready]
+        missing.sort(key=lambda u: (u.health.failures > 0, u.health.latency or 0.0))
+        sure = sum(not u.health.doubtful for u in ready)
+        for upstream in missing:
+            if upstream.health.failures:
+                self.dial(plan, upstream, now, urgent=not ready)
+            elif sure < self.WARM:
+                self.dial(plan, upstream, now, urgent=not ready)
+                sure += 1
+
+    def look(self, plan: Plan, now: float) -> None:
+        """End connections that have gone silent or have outlived their use."""
+        for upstream in self.upstreams:
+            lingering = upstream.lingering(now)
+            for connection in upstream.connections:
+                since = connection.waiting_since
+                if connection in lingering:
+                    age = now - connection.active_at
+                    # One is left to the server, to learn how long it keeps it.
+                    if age < self.LINGER and connection is lingering[0]:
+                        if not connection.retired:
+                            continue
+                    elif age >= self.LINGER:
+                        upstream.idle.note(self.LINGER)
+                    plan.closes.append(connection)
+                elif since is not None and now - since > self.SILENCE:
+                    upstream.health.doubtful = True
+                    plan.closes.append(connection)
+
+    def flush(self, plan: Plan, now: float) -> None:
+        """Replace all connections and forget failures: the network has changed."""
+        for connection in self.homes:
+            connection.retired = True
+            plan.closes.append(connection)
+        for upstream in self.upstreams:
+            upstream.health.forgive()
+            self._begin(plan, upstream, None)
+
+    def _begin(self, plan: Plan, upstream: Upstream, alone: Exchange | None) -> None:
+        connection = self._connect(upstream, alone)
+        connection.alone = alone
+        upstream.connections.append(connection)
+        self.homes[connection] = upstream
+        plan.starts.append(connection)
+
+    def remove(self, connection: Connection) -> Upstream:
+        """Forget a connection that is gone."""
+        upstream = self.homes.pop(connection)
+        upstream.connections.remove(connection)
+        return upstream
+
+    def _score(self, upstream: Upstream, connection: Connection) -> float:
+        if self._strategy == "failover":
+            return upstream.index
+        if self._strategy == "round-robin":
+            return (upstream.index - self._turn) % len(self.upstreams)
+        if self._strategy == "random":
+            return random.random()
+        health = upstream.health
+        # Until it has answered, one query at a time; then work counts little, as few
+        # connections with much traffic cost less than many with little.
+        weight = 0.01 if health.worked else 1.0
+        return (health.latency or 0.0) * (1.0 + weight * connection.pending)
+
+
+# RCODEs that say more of the upstream than of the name: another one is asked.
+FAILURE_RCODES = frozenset((Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED))
+
+
+class Dispatcher:
+    """Which exchange goes where and when: first copies, hedges, replays, giving up.
+
+    Memory only; guarded by the group's lock.
+    """
+
+    CERTAIN = 1.0  # s without any answer after which another copy needs no budget
+    SPREAD = 1.5  # each further copy of a query waits so many times longer
+    MAX_COPIES = 8  # of one query
+    EXPLORE = 0.02  # share of batches whose first query tells how another upstream does
+    ALONE_AFTER = 3  # connections that died with a query before it gets one of its own
+    MAX_LOSSES = 6  # connections that one query may take down
+    MAX_ALONE = 4  # connections for single queries at once
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.parked: dict[Exchange, None] = {}  # wait for a connection, oldest first
+        self._lonely: collections.deque[Exchange] = collections.deque()
+        self._budget = HedgeBudget()
+
+    def first(self, plan: Plan, exchanges: Sequence[Exchange], now: float) -> float:
+        """Plan the first copies; return the seconds after which to look again."""
+        self._budget.earn(len(exchanges))
+        ranked = self.fleet.ranking(now)
+        if not ranked:
+            for exchange in exchanges:
+                self._park(plan, exchange, now)
+            return Health.OVERDUE_MAX
+        chosen = self.fleet.spread(ranked, now)
+        if len(ranked) > 1:
+            self._explore(plan, ranked[1:], exchanges[0], now)
+        for number, exchange in enumerate(exchanges):
+            plan.send(chosen[number % len(chosen)], exchange, now)
+        return self.fleet.homes[chosen[0]].health.overdue_after
+
+    def overdue(
+        self, plan: Plan, exchanges: Sequence[Exchange], now: float
+    ) -> tuple[list[Exchange], float]:
+        """Plan what is due for these; return those to look at again, and when."""
+        left, due = [], now + Health.OVERDUE_MAX
+        for exchange in exchanges:
+            if exchange.done:
+                continue
+            if now >= exchange.deadline:
+                self._give_up(plan, exchange, "no answer")
+                continue
+            left.append(exchange)
+            due = min(due, self._hedge(plan, exchange, now), exchange.deadline)
+        return left, due
+
+    def opened(self, plan: Plan, connection: Connection, now: float) -> None:
+        """Give a new connection what waits for one."""
+        upstream = self.fleet.homes[connection]
+        upstream.health.opened(connection.round_trip)
+        if connection.alone:
+            plan.send(connection, connection.alone, now)
+            return
+        for exchange in list(self.parked):
+            if upstream not in exchange.refused_by:
+                del self.parked[exchange]
+                if not exchange.done:
+                    plan.send(connection, exchange, now)
+
+    def refused(
+        self, plan: Plan, connection: Connection, answers: list[Answer], now: float
+    ) -> None:
+        """Ask another upstream about failures; pass one on where none is left."""
+        upstream = self.fleet.homes[connection]
+        for exchange, response, _ in answers:
+            exchange.live -= 1
+            if exchange.done:
+                continue
+            exchange.refused_by += (upstream,)
+            if exchange.failure is None or response.rcode == Rcode.SERVFAIL:
+                exchange.failure = response
+            if exchange.live <= 0:
+                self._again(plan, exchange, now)
+
+    def unsent(self, plan: Plan, exchanges: list[Exchange], now: float) -> None:
+        """Plan anew for exchanges whose connection closed before they were sent."""
+        for exchange in exchanges:
+            exchange.live -= 1
+            if not exchange.done and exchange.live <= 0:
+                self._again(plan, exchange, now)
+
+    def lost(
+        self,
+        plan: Plan,
+        connection: Connection,
+        error: UpstreamError,
+        orphans: list[Exchange],
+        now: float,
+    ) -> None:
+        """Send again what a connection left unanswered."""
+        alone = connection.alone
+        if alone and alone not in orphans and connection.opened_at == 0.0:
+            orphans = [*orphans, alone]
+            alone.live += 1
+        for exchange in orphans:
+            exchange.live -= 1
+        for exchange in dict.fromkeys(orphans):
+            if exchange.done or exchange.live > 0:
+                continue
+            # A connection that was closed here says nothing against the query.
+            exchange.losses += error.cause != "ended"
+            if exchange.losses > self.MAX_LOSSES:
+                self._give_up(plan, exchange, f"{error} {exchange.losses} times")
+            elif exchange.losses >= self.ALONE_AFTER:
+                self._lonely.append(exchange)
+            else:
+                self._again(plan, exchange, now)
+        self._serve_lonely(plan, now)
+        self.review(plan, now)
+
+    def review(self, plan: Plan, now: float) -> None:
+        """Give up on parked exchanges for which no connection may open soon."""
+        if not self.parked:
+            return
+        self.fleet.dial_some(plan, now, ())
+        for exchange in list(self.parked):
+            if exchange.done:
+                del self.parked[exchange]
+            elif exchange.live <= 0 and not self.fleet.hopeful(
+                now, exchange.refused_by
+            ):
+                self._give_up(plan, exchange, "")
+
+    def _again(self, plan: Plan, exchange: Exchange, now: float) -> None:
+        ranked = self.fleet.ranking(now, exchange)
+        if ranked:
+            plan.send(ranked[0], exchange, now)
+        else:
+            self._park(plan, exchange, now)
+
+    def _hedge(self, plan: Plan, exchange: Exchange, now: float) -> float:
+        """Plan another copy if one is due; return when to look again."""
+        used = exchange.avoid
+        if used is None or exchange.copies >= self.MAX_COPIES:
+            return exchange.deadline
+        home = self.fleet.homes.get(used)
+        gap = home.health.overdue_after if home else Health.OVERDUE_MIN
+        gap = min(gap * self.SPREAD ** (exchange.copies - 1), Health.OVERDUE_MAX)
+        since = now - exchange.sent
+        if since < gap:
+            return exchange.sent + gap
+        if since < self.CERTAIN:
+            if exchange in self.parked or not self._budget.spend():
+                return exchange.sent + self.CERTAIN
+        self._again(plan, exchange, now)
+        if exchange in self.parked and used.is_open and since >= self.CERTAIN:
+            plan.send(used, exchange, now)  # no other to be had: the same once more
+        return now + gap
+
+    def _park(self, plan: Plan, exchange: Exchange, now: float) -> None:
+        self.parked[exchange] = None
+        self.fleet.dial_some(plan, now, exchange.refused_by)
+        if exchange.live <= 0 and not self.fleet.hopeful(now, exchange.refused_by):
+            self._give_up(plan, exchange, "")
+
+    def _explore(
+        self, plan: Plan, others: list[Connection], exchange: Exchange, now: float
+    ) -> None:
+        """Send one query to a second upstream too, to learn how that one does."""
+        for connection in others:
+            upstream = self.fleet.homes[connection]
+            health = upstream.health
+            if connection.waiting_since is not None and health.doubtful:
+                continue
+            if (
+                (health.doubtful
+                and now >= health.probe_at)
+                or random.random() < self.EXPLORE
+            ):
+                health.probe_at = now + Health.RETRY_MIN
+                plan.send(connection, exchange, now)
+                return
+
+    def _serve_lonely(self, plan: Plan, now: float) -> None:
+        busy = sum(c.alone is not None for c in self.fleet.homes)
+        while self._lonely and busy < self.MAX_ALONE:
+            exchange = self._lonely.popleft()
+            if not exchange.done:
+                self.fleet.dial_alone(plan, exchange, now)
+                busy += 1
+
+    def _give_up(self, plan: Plan, exchange: Exchange, text: str) -> None:
+        self.parked.pop(exchange, None)
+        if exchange.failure is not None:
+            plan.done.append((exchange, exchange.failure))
+            return
+        errors = [u.health.error for u in self.fleet.upstreams if u.health.failures]
+        worst = errors[0] if errors and not (text and exchange.copies) else None
+        names = ", ".join(str(u.endpoint) for u in self.fleet.upstreams[:2])
+        cause = worst.cause if worst else "timeout"
+        reason = f"{names}: {worst or text or 'not connected'}"
+        plan.done.append((exchange, UpstreamError(cause, reason)))
+
+
+class UpstreamGroup(ConnectionOwner):
+    """All upstreams: sends exchanges until each has an answer or its deadline passes.
+
+    Every exchange given to `send` comes back through `complete` at least once, from any
+    thread, with no lock held; the first time counts. No method blocks but `close`.
+    """
+
+    ACTIVE = 60.0  # s after the last query in which connections are kept warm
+    ROUND = 0.25  # s between looks at the connections while there are clients
+    JUMP = 5.0  # s that the wall clock gained on the monotonic one: the host slept
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        trust: Trust,
+        timer: Timer,
+        complete: Callable[[list[Outcome]], None],
+        *,
+        strategy: str = "fastest",
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._trust = trust
+        self._timer = timer
+        self._complete = complete
+        self._clock = clock
+        self._wall = wall
+        # Guards all below, and of an exchange whatever is not `waiters` or `done`.
+        self._lock = threading.Lock()
+        self._fleet = Fleet(endpoints, strategy, self._new_connection)
+        self._dispatcher = Dispatcher(self._fleet)
+        self._active_at = 0.0
+        self._watching = False  # the next look at the connections is planned
+        self._offset = wall() - clock()
+        self._closed = False
+
+    def start(self) -> None:
+        """Open a connection to every upstream, before the first client asks."""
+        with self._planning() as (plan, now):
+            self._active_at = now
+            self._watching = True
+            for upstream in self._fleet.upstreams:
+                self._fleet.dial(plan, upstream, now, urgent=True)
+        self._watch()
+
+    def send(self, exchanges: Sequence[Exchange], now: float) -> None:
+        """Send new exchanges, to be answered by their deadlines."""
+        with self._lock:
+            plan = Plan()
+            self._active_at = now
+            if self._wall() - now - self._offset > self.JUMP:
+                self._flush_locked(plan, now)
+            patience = self._dispatcher.first(plan, exchanges, now)
+            watching, self._watching = self._watching, True
+        self._carry_out(plan, now)
+        self._timer.at(now + patience, functools.partial(self._check, exchanges))
+        if not watching:
+            self._look()
+
+    def flush(self) -> None:
+        """Replace all connections and forget what failed: the network has changed."""
+        with self._planning() as (plan, now):
+            self._flush_locked(plan, now)
+
+    def close(self) -> None:
+        """Close all connections and wait for their threads."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._fleet.homes)
+        for connection in connections:
+            connection.close()
+        for connection in connections:
+            connection.join()
+
+    def describe(self) -> list[str]:
+        """Return a line for each upstream on how it does, for the log."""
+        with self._lock:
+            return [self._describe(upstream) for upstream in self._fleet.upstreams]
+
+    def connection_opened(self, connection: Connection) -> None:
+        """Give the new connection what waits for one."""
+        with self._planning() as (plan, now):
+            upstream = self._fleet.homes[connection]
+            reported, upstream.reported = upstream.reported, ""
+            self._dispatcher.opened(plan, connection, now)
+        version, resumed = connection.facts()
+        logger.debug(
+            "connected: upstream=%s tls=%s resumed=%s",
+            *(connection.endpoint, version, resumed),
+        )
+        if reported:
+            logger.info("upstream up: name=%s", connection.endpoint)
+
+    def connection_answered(
+        self, connection: Connection, answers: list[Answer], now: float
+    ) -> None:
+        """Complete what has a good answer; have another upstream asked about the rest."""
+        bad = [a for a in answers if a.response.rcode in FAILURE_RCODES]
+        good = [a for a in answers if a not in bad] if bad else answers
+        self._complete([(exchange, response) for exchange, response, _ in good])
+        session = connection.session() if good and not connection.proved else None
+        told = keepalive_told(answers[0].response) if answers else None
+        with self._planning() as (plan, _):
+            upstream = self._fleet.homes[connection]
+            if good:
+                self._trust_locked(upstream, good)
+            if session is not None:
+                upstream.session = session
+                connection.proved = True
+            if told is not None:
+                upstream.idle.told = told or None
+                connection.retired = connection.retired or not told
+            if bad:
+                self._dispatcher.refused(plan, connection, bad, now)
+            if connection.alone:
+                plan.closes.append(connection)
+
+    def connection_lost(
+        self, connection: Connection, error: UpstreamError, orphans: list[Exchange]
+    ) -> None:
+        """Learn from the loss, send again what it left, and open another."""
+        logger.debug("disconnected: upstream=%s error=%s", connection.endpoint, error)
+        with self._planning() as (plan, now):
+            upstream = self._fleet.remove(connection)
+            report = False
+            if self._closed:
+                return
+            if connection.opened_at:
+                self._learn_locked(upstream, connection, error, orphans, now)
+            elif error.cause != "ended":
+                report = self._failed_locked(upstream, error, now)
+            self._dispatcher.lost(plan, connection, error, orphans, now)
+            if now - self._active_at < self.ACTIVE:
+                self._fleet.keep_warm(plan, now)
+            retry_at = upstream.health.urgent_at
+        if report:
+            logger.warning("upstream down: name=%s error=%s", upstream.endpoint, error)
+        if retry_at > now:
+            self._timer.at(retry_at, self._retry)
+
+    def connection_choked(self, connection: Connection) -> None:
+        """Have the rest of its frames written in a moment."""
+        self._timer.at(self._clock() + Timer.TICK, connection.resume)
+
+    def _trust_locked(self, upstream: Upstream, good: list[Answer]) -> None:
+        """Note good answers, and who had refused to give them."""
+        upstream.health.answered([latency for _, _, latency in good])
+        for exchange, _, _ in good:
+            for refuser in exchange.refused_by:
+                refuser.health.doubtful = refuser is not upstream
+
+    def _learn_locked(
+        self,
+        upstream: Upstream,
+        connection: Connection,
+        error: UpstreamError,
+        orphans: list[Exchange],
+        now: float,
+    ) -> None:
+        """Note an idle close, or that it took queries and answered none."""
+        if any(not exchange.done for exchange in orphans):
+            upstream.health.doubtful = upstream.health.doubtful or not connection.proved
+        elif not orphans and error.cause in ("closed", "reset"):
+            upstream.idle.note(now - connection.active_at)
+
+    def _failed_locked(
+        self, upstream: Upstream, error: UpstreamError, now: float
+    ) -> bool:
+        """Note a connection that did not open; True if the log shall say so."""
+        upstream.health.failed(upstream.dialed_at, now, error)
+        if not upstream.health.down(now) or upstream.reported == str(error):
+            return False
+        upstream.reported = str(error)
+        return True
+
+    def _flush_locked(self, plan: Plan, now: float) -> None:
+        self._offset = self._wall() - now
+        self._fleet.flush(plan, now)
+
+    def _check(self, exchanges: Sequence[Exchange]) -> None:
+        """Look at exchanges that may be overdue; called by the timer."""
+        exchanges = [exchange for exchange in exchanges if not exchange.done]
+        if not exchanges:
+            return
+        with self._planning() as (plan, now):
+            exchanges, due = self._dispatcher.overdue(plan, exchanges, now)
+        if exchanges:
+            self._timer.at(due, functools.partial(self._check, exchanges))
+
+    def _watch(self) -> None:
+        self._timer.at(self._clock() + self.ROUND, self._look)
+
+    def _look(self) -> None:
+        """Keep connections in order while clients are active; called by the timer."""
+        with self._planning() as (plan, now):
+            if self._wall() - now - self._offset > self.JUMP:
+                self._flush_locked(plan, now)
+            self._fleet.look(plan, now)
+            active = now - self._active_at < self.ACTIVE and not self._closed
+            if active:
+                self._fleet.keep_warm(plan, now)
+            self._dispatcher.review(plan, now)
+            self._watching = active or len(self._fleet.homes) > 0
+            watching = self._watching
+        if watching and not self._closed:
+            self._watch()
+
+    def _retry(self) -> None:
+        with self._planning() as (plan, now):
+            self._dispatcher.review(plan, now)
+
+    @contextlib.contextmanager
+    def _planning(self) -> Iterator[tuple[Plan, float]]:
+        """Hold the lock while a plan is made, then carry the plan out."""
+        plan, now = Plan(), self._clock()
+        with self._lock:
+            yield plan, now
+        self._carry_out(plan, now)
+
+    def _carry_out(self, plan: Plan, now: float) -> None:
+        for connection in plan.starts:
+            connection.start()
+        for connection, exchanges in plan.sends.items():
+            if not connection.send(exchanges, now):  # it closed in the meantime
+                with self._planning() as (again, _):
+                    self._dispatcher.unsent(again, exchanges, now)
+        for connection in plan.closes:
+            connection.close()
+        if plan.done:
+            self._complete(plan.done)
+
+    def _new_connection(self, upstream: Upstream, alone: Exchange | None) -> Connection:
+        return Connection(
+            upstream.endpoint,
+            self._trust,
+            self,
+            label=upstream.label(),
+            patience=upstream.patience(),
+            session=upstream.session,
+            clock=self._clock,
+        )
+
+    @staticmethod
+    def _describe(upstream: Upstream) -> str:
+        health = upstream.health
+        latency = "-" if health.latency is None else f"{health.latency * 1000:.1f}"
+        state = "down" if health.failures else "doubtful" if health.doubtful else "up"
+        return (
+            f"name={upstream.endpoint} state={state} latency_ms={latency}"
+            f" overdue_ms={health.overdue_after * 1000:.0f}"
+            f" idle_life_s={upstream.idle.life:.1f} connections={len(upstream.connections)}"
+        )
+
+
+def keepalive_told(response: Response) -> float | None:
+    """Return the idle timeout in s that a response tells (RFC 7828), if it does."""
+    if not response.upstream_options:
+        return None
+    data = find_option(response.upstream_options, OPTION_KEEPALIVE)
+    return int.from_bytes(data, "big") / 10 if data and len(data) == 2 else None
+
+
+# ---- Proxy ---------------------------------------------------------------------------
+# From a question to its answer, whatever the transport.
+
+
+class Proxy:
+    """Joins equal questions in flight, and answers everyone who waits for one."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        trust: Trust,
+        timer: Timer,
+        *,
+        timeout: float = 4.0,
+        max_in_flight: int = 10_000,
+        strategy: str = "fastest",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
+        self._timeout = timeout
+        self._max_in_flight = max_in_flight
+        self._clock = clock
+        self._group = UpstreamGroup(
+            endpoints, trust, timer, self.complete, strategy=strategy, clock=clock
+        )
+        # Guards _exchanges, _count, _idle, and the waiters of exchanges.
+        self._lock = threading.Lock()
+        self._exchanges: dict[bytes, Exchange] = {}
+        self._count = 0  # clients' queries in flight
+        self._idle = threading.Condition(self._lock)  # told when _count falls to 0
+
+    def start(self) -> None:
+        """Connect to the upstreams; returns at once."""
+        self._group.start()
+
+    def describe(self) -> list[str]:
+        """Return lines that tell the state of the proxy, for the log."""
+        return [f"in_flight={self._count}", *self._group.describe()]
+
+    def drain(self, seconds: float) -> bool:
+        """Wait until every query is answered, at most so long; the only one to block."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._count, seconds)
+
+    def close(self) -> None:
+        """Close the upstream connections."""
+        self._group.close()
+
+    def resolve(self, queries: Sequence[tuple[Query, Reply]]) -> None:
+        """Have each query answered through its `reply`, exactly once; never blocks."""
+        now = self._clock()
+        fresh: list[Exchange] = []
+        count = 0
+        with self._lock:
+            exchanges = self._exchanges
+            for waiter in queries:
+                query = waiter[0]
+                if query.refusal:
+                    continue
+                count += 1
+                exchange = exchanges.get(query.key)
+                if exchange is None:
+                    exchange = Exchange(query, now, now + self._timeout)
+                    exchanges[query.key] = exchange
+                    fresh.append(exchange)
+                exchange.waiters.append(waiter)
+            self._count += count
+            shed = self._shed_locked() if self._count > self._max_in_flight else []
+        if count < len(queries):
+            for query, reply in queries:
+                if query.refusal:
+                    reply(build_error(query, query.refusal))
+        error = UpstreamError("overload", "too many queries in flight")
+        answer_failures(shed, error)
+        if fresh:
+            self._group.send(fresh, now)
+
+    def complete(self, outcomes: list[Outcome]) -> None:
+        """Answer everyone who waits for these exchanges, unless that was done before."""
+        finished = []
+        with self._lock:
+            for exchange, outcome in outcomes:
+                if exchange.done:
+                    continue
+                exchange.done = True
+                del self._exchanges[exchange.query.key]
+                waiters, exchange.waiters = exchange.waiters, []
+                self._count -= len(waiters)
+                finished.append((waiters, outcome))
+            if not self._count:
+                self._idle.notify_all()
+        for waiters, outcome in finished:
+            if isinstance(outcome, UpstreamError):
+                answer_failures(waiters, outcome)
+                continue
+            for query, reply in waiters:
+                reply(build_answer(query, outcome))
+
+    def _shed_locked(self) -> list[tuple[Query, Reply]]:
+        """Take out the oldest queries of the client with the most in flight.
+
+        Several at a time, so that looking through all of them costs each little.
+        """
+        everybody = [
+            (exchange, waiter)
+            for exchange in self._exchanges.values()
+            for waiter in exchange.waiters
+        ]
+        clients = collections.Counter(waiter[0].client for _, waiter in everybody)
+        greedy = clients.most_common(1)[0][0]
+        number = self._count - self._max_in_flight + self._max_in_flight // 100
+        shed: list[tuple[Query, Reply]] = []
+        for exchange, waiter in everybody:
+            if waiter[0].client == greedy and len(shed) < number:
+                shed.append(waiter)
+                exchange.waiters.remove(waiter)
+                if not exchange.waiters:
+                    exchange.done = True
+                    del self._exchanges[exchange.query.key]
+        self._count -= len(shed)
+        return shed
+
+
+def answer_failures(
+    waiters: Sequence[tuple[Query, Reply]], error: UpstreamError
+) -> None:
+    """Answer SERVFAIL with an Extended DNS Error that says why (RFC 8914)."""
+    for query, reply in waiters:
+        info = error.extended_error()
+        reply(build_error(query, Rcode.SERVFAIL, info, str(error)))
+
+
+# ---- Servers (RFC 1035 section 4.2, RFC 7766, RFC 9210) ------------------------------
+# From sockets to the Proxy and back. They know sizes, addresses and time-outs, nothing of
+# names.
+
+Address = tuple[str, int]
+Datagram = tuple[bytes, "tuple[str, int]", "list[tuple[int, int, bytes]]"]
+
+# Constants that some Python versions lack, with the kernel's number.
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 26 if sys.platform == "darwin" else 8)
+IPV6_RECVPKTINFO = getattr(
+    socket, "IPV6_RECVPKTINFO", 61 if sys.platform == "darwin" else 49
+)
+IPV6_PKTINFO = getattr(socket, "IPV6_PKTINFO", 46 if sys.platform == "darwin" else 50)
+SO_RCVBUFFORCE = 33  # Linux: beyond net.core.rmem_max, where privileged
+
+
+class UDPHandler(socketserver.BaseRequestHandler):
+    """Handles a batch of datagrams in a worker thread."""
+
+    server: UDPServer
+    request: list[Datagram]
+
+    def handle(self) -> None:
+        """Parse the batch and hand it to the proxy; what cannot be parsed is answered."""
+        queries: list[tuple[Query, Reply]] = []
+        for message, address, ancillary in self.request:
+            reply = functools.partial(self.server.reply, address, ancillary)
+            try:
+                query = parse_query(message)
+            except FormatError as error:
+                reply(build_format_error(message, error.rcode))
+                continue
+            query.client = address[0]
+            queries.append((query, reply))
+        self.server.proxy.resolve(queries)
+
+
+class UDPServer(socketserver.ThreadingUDPServer):
+    """Receives datagrams, a batch per wake-up; one request is one batch."""
+
+    BATCH = 64  # datagrams; more gain nothing and make the first ones wait
+    RECEIVE_BUFFER = 4 << 20  # octets: a burst of some thousand queries is not lost
+    max_packet_size = 4096  # a query is far smaller; recvfrom allocates this each time
+    daemon_threads = True
+
+    def __init__(self, address: Address, proxy: Proxy, pool: WorkerPool) -> None:
+        self.proxy = proxy
+        self._pool = pool
+        host = ipaddress.ip_address(address[0])
+        self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
+        self._wildcard = host.is_unspecified
+        super().__init__(address, UDPHandler)
+
+    def server_bind(self) -> None:
+        """Set the socket up and bind it."""
+        set_v6_only(self.socket)
+        self.socket.setblocking(False)
+        try:
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, SO_RCVBUFFORCE, self.RECEIVE_BUFFER
+            )
+        except OSError:
+            with contextlib.suppress(OSError):
+                buffer = self.RECEIVE_BUFFER
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        if self._wildcard and self.address_family == socket.AF_INET:
+            self.socket.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        elif self._wildcard:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+        super().server_bind()
+
+    def get_request(self) -> tuple[list[Datagram], Address]:  # type: ignore[override]
+        """Drain the socket: return a batch of datagrams as one request."""
+        batch: list[Datagram] = []
+        receive = self._receive_with_address if self._wildcard else self._receive
+        try:
+            for _ in range(self.BATCH):
+                datagram = receive()
+                if answerable(datagram[0]):
+                    batch.append(datagram)
+        except BlockingIOError:
+            pass
+        return batch, ("", 0)
+
+    def verify_request(self, request: object, client_address: object) -> bool:
+        """Tell whether there is anything in the batch."""
+        return bool(request)
+
+    def process_request(self, request: object, client_address: object) -> None:
+        """Hand the batch to a worker; a batch too many is dropped."""
+        self._pool.submit(functools.partial(self._finish, request, client_address))
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log an error of ours."""
+        logger.exception("internal error: server=udp")
+
+    def reply(
+        self, address: Address, ancillary: list[tuple[int, int, bytes]], message: bytes
+    ) -> None:
+        """Send a response from the address that was asked; any thread, never blocks."""
+        try:
+            if ancillary:
+                self.socket.sendmsg([message], ancillary, 0, address)
+            else:
+                self.socket.sendto(message, address)
+        except OSError as error:  # no room, or the client is gone: it will ask again
+            logger.debug("answer dropped: client=%s error=%s", address[0], error)
+
+    def _finish(self, request: object, client_address: object) -> None:
+        self.finish_request(request, client_address)  # type: ignore[arg-type]
+
+    def _receive(self) -> Datagram:
+        message, address = self.socket.recvfrom(self.max_packet_size)
+        return message, address, []
+
+    def _receive_with_address(self) -> Datagram:
+        message, ancillary, _, address = self.socket.recvmsg(self.max_packet_size, 128)
+        return (
+            message,
+            address,
+            [
+                (level, kind, reply_from(data))
+                for level, kind, data in ancillary
+                if kind in (IP_PKTINFO, IPV6_PKTINFO)
+            ],
+        )
+
+
+def reply_from(data: bytes) -> bytes:
+    """Turn the packet information of a query into that of its answer.
+
+    The source address is the one that was asked; the kernel picks the interface, but for
+    link-local addresses, which mean nothing without theirs.
+    """
+    if len(data) == 12:  # in_pktinfo: interface, local address, destination
+        return bytes(4) + data[4:8] + bytes(4)
+    link_local = data[:2] in (b"\xfe\x80", b"\xfe\x90", b"\xfe\xa0", b"\xfe\xb0")
+    return data if link_local else data[:16] + bytes(4)
+
+
+def set_v6_only(listener: socket.socket) -> None:
+    """Leave the IPv4 wildcard free for another socket."""
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+
+
+class StreamHandler(socketserver.BaseRequestHandler):
+    """Serves one TCP client: many queries in flight, answered as answers come.
+
+    Its own thread reads; whichever thread has an answer writes as much as the kernel
+    takes, and leaves the rest to the reading thread.
+    """
+
+    MAX_IN_FLIGHT = 256  # queries; then it is not read until some are answered
+    MAX_UNSENT = 1 << 18  # octets that a client may leave unread, beside the kernel's
+    STALL = 5.0  # s for which it may take nothing
+    READ_SIZE = 16384
+    MOMENT = 0.1  # s between looks while answers are awaited or octets are unsent
+
+    server: TCPServer
+    request: socket.socket
+
+    def setup(self) -> None:
+        """Prepare; the socket must not block whoever sends an answer."""
+        self.request.setblocking(False)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.active_at = self.server.clock()  # when the last whole query came
+        self.in_flight = 0
+        self._lock = threading.Lock()  # guards in_flight, _unsent, _stalled_at, _broken
+        self._changed = threading.Condition(self._lock)  # told when in_flight falls
+        self._unsent = b""
+        self._stalled_at = 0.0
+        self._broken = False
+        self.server.enter(self)
+
+    def handle(self) -> None:
+        """Read queries until the client is done, idle for too long, or gone."""
+        buffer, octets = b"", b"?"
+        while octets or self.in_flight or self._unsent:
+            if not self._wait(bool(octets)):
+                return
+            if not (octets and self._hungry()):
+                continue
+            try:
+                octets = self.request.recv(self.READ_SIZE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            messages, buffer = split_frames(buffer + octets)
+            if messages:
+                self.active_at = self.server.clock()
+                self._resolve(messages)
+            if len(buffer) >= 2 and buffer[0] == 0 and buffer[1] < MIN_MESSAGE:
+                return  # nothing after it can be understood
+
+    def finish(self) -> None:
+        """Let the server forget it."""
+        with self._lock:
+            self._broken = True
+        self.server.leave(self)
+
+    def drop(self) -> None:
+        """End it from another thread: its own finds the socket shut."""
+        with self._lock:
+            self._broken = True
+            self._changed.notify()
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+
+    def reply(self, message: bytes) -> None:
+        """Send an answer; any thread, never blocks."""
+        if self._push(len(message).to_bytes(2, "big") + message, answers=1):
+            return
+        with self._lock, contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_RDWR)
+
+    def _hungry(self) -> bool:
+        return self.in_flight < self.MAX_IN_FLIGHT and not self._unsent
+
+    def _wait(self, reading: bool) -> bool:
+        """Wait for something to do, at most a moment; False when it is over."""
+        wait = self.MOMENT
+        if not (self.in_flight or self._unsent):
+            wait = self.active_at + self.server.idle_timeout - self.server.clock()
+        wanted = select.POLLIN if reading and self._hungry() else 0
+        wanted |= select.POLLOUT if self._unsent else 0
+        if wanted and wait > 0:
+            poller = select.poll()
+            poller.register(self.request, wanted)
+            poller.poll(wait * 1000)
+        elif wait > 0:
+            with self._lock:
+                self._changed.wait_for(lambda: self._broken or not self.in_flight, wait)
+        if self._unsent:
+            self._push(b"")
+        return wait > 0 and not self._broken
+
+    def _resolve(self, messages: list[bytes]) -> None:
+        queries: list[tuple[Query, Reply]] = []
+        for message in filter(answerable, messages):
+            with self._lock:
+                self.in_flight += 1
+            try:
+                query = parse_query(message, stream=True)
+            except FormatError as error:
+                self.reply(build_format_error(message, error.rcode))
+                continue
+            query.client = self.client_address[0]
+            queries.append((query, self.reply))
+        self.server.proxy.resolve(queries)
+
+    def _push(self, octets: bytes, answers: int = 0) -> bool:
+        """Send what the kernel takes and keep the rest; False where it is hopeless."""
+        with self._lock:
+            self.in_flight -= answers
+            self._changed.notify()
+            if self._broken:
+                return False
+            unsent = self._unsent + octets
+            sent = 0
+            try:
+                sent = self.request.send(unsent)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._broken = True
+                return False
+            now = self.server.clock()
+            if sent or not self._unsent:
+                self._stalled_at = now
+            self._unsent = unsent[sent:]
+            hopeless = now - self._stalled_at > self.STALL
+            self._broken = hopeless or len(self._unsent) > self.MAX_UNSENT
+            return not self._broken
+
+
+class TCPServer(socketserver.ThreadingTCPServer):
+    """Accepts connections and gives each a thread of the pool."""
+
+    address_family: int
+    allow_reuse_address = True
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(
+        self,
+        address: Address,
+        proxy: Proxy,
+        pool: WorkerPool,
+        *,
+        max_clients: int = 512,
+        max_per_address: int = 256,
+        idle_timeout: float = CLIENT_IDLE_TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.proxy = proxy
+        self.idle_timeout = idle_timeout
+        self.clock = clock
+        self._pool = pool
+        self._max_clients = max_clients
+        self._max_per_address = max_per_address  # many sit behind one gateway
+        self._lock = threading.Lock()  # guards _clients
+        self._clients: set[StreamHandler] = set()
+        version = ipaddress.ip_address(address[0]).version
+        self.address_family = socket.AF_INET6 if version == 6 else socket.AF_INET
+        super().__init__(address, StreamHandler)
+
+    def server_bind(self) -> None:
+        """Bind the socket."""
+        set_v6_only(self.socket)
+        super().server_bind()
+
+    def process_request(self, request: object, client_address: object) -> None:
+        """Give the client a thread; at a bound the longest idle one makes room."""
+        self._make_room(client_address[0])  # type: ignore[index]
+        task = functools.partial(self.process_request_thread, request, client_address)  # type: ignore[arg-type]
+        if not self._pool.submit(task):
+            self.shutdown_request(request)  # type: ignore[arg-type]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log an error of ours."""
+        logger.exception("internal error: server=tcp")
+
+    def enter(self, client: StreamHandler) -> None:
+        """Count a client in; its own thread calls this."""
+        with self._lock:
+            self._clients.add(client)
+
+    def leave(self, client: StreamHandler) -> None:
+        """Count a client out; its own thread calls this."""
+        with self._lock:
+            self._clients.discard(client)
+
+    def drop_clients(self) -> None:
+        """End all connections."""
+        with self._lock:
+            clients = list(self._clients)
+        for client in clients:
+            client.drop()
+
+    def _make_room(self, address: str) -> None:
+        with self._lock:
+            everybody = list(self._clients)
+        same = [c for c in everybody if c.client_address[0] == address]
+        if len(same) >= self._max_per_address:
+            candidates = same
+        elif len(everybody) >= self._max_clients:
+            candidates = everybody
+        else:
+            return
+        victim = min(candidates, key=lambda c: (c.in_flight > 0, c.active_at))
+        self.leave(victim)
+        victim.drop()
+
+
+# ---- Command line --------------------------------------------------------------------
+# Options become a Config, a Config becomes objects, and they run until a signal.
+
+DEFAULT_PORT = 5353
+DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
+DOT_PORT = 853  # RFC 7858 section 3.1
+DEFAULT_UPSTREAMS = tuple(
+    Endpoint(host, DOT_PORT, "cloudflare-dns.com")
+    for host in ("1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001")
+)
+WORKERS = 4  # threads that parse and send batches; more only wait for each other
+BACKLOG = 256  # batches of UDP queries that may wait for a worker: about 0.3 s of work
+CLIENT_PATIENCE = 5.0  # s after which glibc's resolver gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All options, checked."""
+
+    listen: tuple[Address, ...] = DEFAULT_LISTEN
+    upstream: tuple[Endpoint, ...] = DEFAULT_UPSTREAMS
+    ca_file: str | None = None
+    strategy: str = "fastest"
+    timeout: float = 4.0
+    max_in_flight: int = 10_000
+    max_tcp_clients: int = 512
+    max_tcp_per_client: int = 256
+    log_level: str = "info"
+    listen_given: bool = False
+
+
+LISTS = {"listen", "upstream"}  # options that may be given several times
+
+
+def split_port(text: str, port: int) -> tuple[str, int]:
+    """Split `HOST[:PORT]` or `[HOST]:PORT`; raises ValueError."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise ValueError(f"{text!r}: write an IPv6 address as [ADDRESS]:PORT")
+        digits = rest[1:] if rest else str(port)
+    elif text.count(":") > 1:
+        host, digits = text, str(port)
+    else:
+        host, colon, digits = text.partition(":")
+        digits = digits if colon else str(port)
+    if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
+        raise ValueError(f"{text!r}: the port must be a number up to 65535")
+    return host, int(digits)
+
+
+def parse_listen(text: str) -> Address:
+    """Parse `ADDR[:PORT]`, for argparse."""
+    try:
+        host, port = split_port(text, DEFAULT_PORT)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    try:
+        return str(ipaddress.ip_address(host)), port
+    except ValueError:
+        hint = "give an IP address, such as 127.0.0.1:5353, or 0.0.0.0 for all"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}") from None
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Parse `[tls://]HOST[:PORT][#TLS-NAME]`, for argparse; `@PORT` does as well."""
+    address, sharp, name = text.partition("#")
+    if address.startswith("tls://"):
+        address = address[6:]
+    if "@" in address:
+        host, _, digits = address.rpartition("@")
+        address = f"[{host.strip('[]')}]:{digits}"
+    try:
+        host, port = split_port(address, DOT_PORT)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if (sharp and not is_host(name)) or not is_host(host) or not port:
+        hint = "write HOST[:PORT][#TLS-NAME], such as 9.9.9.9#dns.quad9.net"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+    return Endpoint(host, port, name or host)
+
+
+def is_host(text: str) -> bool:
+    """Tell whether this is an IP address or looks like a host name."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(text)
+        return True
+    labels = text.rstrip(".").split(".")
+    return len(text) <= MAX_NAME and all(
+        label.replace("-", "").replace("_", "").isalnum() and label.isascii()
+        for label in labels
+    )
+
+
+def number(
+    kind: Callable[[str], float], low: float, high: float
+) -> Callable[[str], float]:
+    """Make an argparse type: a number within bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give a number, {low:g} to {high:g}"
+            )
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose files have comments."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and a line that says what is wrong."""
+        raise ConfigError(f"{message}; see --help")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of an options file as a shell does."""
+        return shlex.split(arg_line, comments=True)
+
+
+def build_parser() -> Parser:
+    """Describe the options; each stays None where it is not given."""
+    parser = Parser(
+        prog="dotproxy",
+        usage="%(prog)s [OPTION]... [@FILE]",
+        description="Forward plain DNS (UDP and TCP) to DNS-over-TLS resolvers.",
+        epilog="Every option can also be set as DOTPROXY_OPTION in the environment, lists "
+        "with commas or spaces between; the command line wins. @FILE reads options from a "
+        "file, one a line, with # comments.",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        formatter_class=functools.partial(
+            argparse.HelpFormatter, max_help_position=26, width=80
+        ),
+    )
+    add_serving_options(parser.add_argument_group("serving"))
+    add_upstream_options(parser.add_argument_group("upstream"))
+    group = parser.add_argument_group("about")
+    group.add_argument(
+        "--log-level",
+        metavar="LEVEL",
+        choices=("debug", "info", "warning", "error"),
+        help="debug, info, warning or error (default: info)",
+    )
+    group.add_argument("--version", action="version", version=f"dotproxy {__version__}")
+    return parser
+
+
+def add_serving_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what concerns clients."""
+    group.add_argument(
+        "--listen",
+        metavar="ADDR[:PORT]",
+        type=parse_listen,
+        action="append",
+        help="serve UDP and TCP here; repeatable; port 0 picks one (default: "
+        "127.0.0.1:5353 and [::1]:5353)",
+    )
+    group.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=number(float, 0.1, 60),
+        help="answer SERVFAIL after this long without an answer (default: 4)",
+    )
+    group.add_argument(
+        "--max-in-flight",
+        metavar="N",
+        type=number(int, 1, 30_000),
+        help="queries waiting for an answer at once; beyond it the busiest client's "
+        "oldest ones get SERVFAIL (default: 10000)",
+    )
+    group.add_argument(
+        "--max-tcp-clients",
+        metavar="N",
+        type=number(int, 1, 10_000),
+        help="TCP connections at once; beyond it the longest idle one is closed "
+        "(default: 512)",
+    )
+    group.add_argument(
+        "--max-tcp-per-client",
+        metavar="N",
+        type=number(int, 1, 10_000),
+        help="the same for one client address (default: 256)",
+    )
+
+
+def add_upstream_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what concerns resolvers."""
+    group.add_argument(
+        "--upstream",
+        metavar="HOST[:PORT][#NAME]",
+        type=parse_endpoint,
+        action="append",
+        help="DNS-over-TLS resolver whose certificate is for NAME, or for HOST without "
+        "one; repeatable (default: Cloudflare, 1.1.1.1#cloudflare-dns.com and its other "
+        "three addresses)",
+    )
+    group.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        metavar="HOW",
+        help="choose among upstreams: fastest, round-robin, random or failover (in the "
+        "order given) (default: fastest)",
+    )
+    group.add_argument(
+        "--ca-file",
+        metavar="PEM",
+        help="trust the CA certificates in this file only (default: the system's)",
+    )
+
+
+def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """Read the options: command line before environment before default.
+
+    Raises ConfigError; --help and --version print and raise SystemExit.
+    """
+    parser = build_parser()
+    given = vars(parser.parse_args(arguments))
+    for name in [name for name, value in given.items() if value is None]:
+        text = environment.get(f"DOTPROXY_{name.upper()}", "")
+        option = "--" + name.replace("_", "-")
+        words = (
+            text.replace(",", " ").split() if name in LISTS else [text] if text else []
+        )
+        if words:
+            extra = [f"{option}={word}" for word in words]
+            given[name] = getattr(parser.parse_args(extra), name)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in LISTS & set(chosen):
+        chosen[name] = tuple(dict.fromkeys(chosen[name]))
+    return Config(**chosen, listen_given="listen" in chosen)
+
+
+def bind_servers(
+    config: Config, proxy: Proxy, workers: WorkerPool, streams: WorkerPool
+) -> list[UDPServer | TCPServer]:
+    """Bind every address for UDP and TCP; raises ConfigError where that fails."""
+    servers: list[UDPServer | TCPServer] = []
+    for address in config.listen:
+        try:
+            servers += bind_pair(config, address, proxy, workers, streams)
+        except OSError as error:
+            absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+            if absent and not config.listen_given:
+                logger.info(
+                    "not listening: address=%s error=%s", address[0], error.strerror
+                )
+                continue
+            for server in servers:
+                server.server_close()
+            raise ConfigError(describe_bind_error(error, address), status=1) from error
+    if not servers:
+        raise ConfigError("no address to listen on; give --listen ADDR:PORT", status=1)
+    return servers
+
+
+def bind_pair(
+    config: Config,
+    address: Address,
+    proxy: Proxy,
+    workers: WorkerPool,
+    streams: WorkerPool,
+) -> tuple[TCPServer, UDPServer]:
+    """Bind one address for both; port 0 becomes a port that is free for both."""
+    for attempt in itertools.count(1):
+        tcp = TCPServer(
+            address,
+            proxy,
+            streams,
+            max_clients=config.max_tcp_clients,
+            max_per_address=config.max_tcp_per_client,
+        )
+        try:
+            return tcp, UDPServer((address[0], tcp.server_address[1]), proxy, workers)
+        except OSError:
+            tcp.server_close()
+            if address[1] or attempt >= 16:
+                raise
+    raise AssertionError("unreachable")
+
+
+def describe_bind_error(error: OSError, address: Address) -> str:
+    """Say why an address cannot be listened on, and how to mend it."""
+    host, port = address
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        holder = {
+            53: "another DNS server, such as systemd-resolved or dnsmasq",
+            5353: "a multicast DNS daemon, such as avahi-daemon or mDNSResponder",
+        }.get(port, "another program")
+        cure = f"stop it, or choose another port with --listen {host}:5354"
+        return f"cannot listen on {where}: port {port} is taken, probably by {holder}; {cure}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        cure = "start as root, or choose a port from 1024 up with --listen"
+        return f"cannot listen on {where}: no permission for port {port}; {cure}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"cannot listen on {where}: this host has no such address; mend --listen"
+    return f"cannot listen on {where}: {error.strerror}; mend --listen"
+
+
+def describe_servers(servers: Iterable[UDPServer | TCPServer]) -> str:
+    """Return where the servers listen, `ADDR:PORT` each once."""
+    found = []
+    for server in servers:
+        host, port = server.server_address[:2]
+        found.append(f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}")
+    return " ".join(dict.fromkeys(found))
+
+
+class Daemon:
+    """All objects of a running proxy, started and stopped in order."""
+
+    DRAIN_EXTRA = 0.5  # s beyond the timeout that answers in flight may take at the end
+
+    def __init__(self, config: Config) -> None:
+        """Build and bind everything; starts no thread. Raises ConfigError."""
+        trust = Trust(config.ca_file)
+        self._config = config
+        self._timer = Timer()
+        self._proxy = Proxy(
+            config.upstream,
+            trust,
+            self._timer,
+            timeout=config.timeout,
+            max_in_flight=config.max_in_flight,
+            strategy=config.strategy,
+        )
+        self._workers = WorkerPool("worker", WORKERS, BACKLOG)
+        clients = config.max_tcp_clients
+        self._streams = WorkerPool("stream", clients + 1, clients)
+        self.servers = bind_servers(config, self._proxy, self._workers, self._streams)
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start to serve, and connect to the upstreams."""
+        self._timer.start()
+        self._proxy.start()
+        for server in self.servers:
+            kind = "udp" if isinstance(server, UDPServer) else "tcp"
+            name = f"{kind}-{server.server_address[0]!s}"
+            thread = threading.Thread(
+                target=server.serve_forever, name=name, daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def log_state(self) -> None:
+        """Write the state of the proxy and of each upstream to the log."""
+        for line in self._proxy.describe():
+            logger.info("state: %s", line)
+
+    def close(self) -> None:
+        """Answer what is in flight, then end every thread and close every socket."""
+        stoppers = [threading.Thread(target=s.shutdown) for s in self.servers]
+        for stopper in stoppers:
+            stopper.start()
+        for thread in stoppers + self._threads:
+            thread.join()
+        self._proxy.drain(min(self._config.timeout, CLIENT_PATIENCE) + self.DRAIN_EXTRA)
+        for server in self.servers:
+            if isinstance(server, TCPServer):
+                server.drop_clients()
+        self._workers.close()
+        self._streams.close()
+        self._proxy.close()
+        self._timer.close()
+        for server in self.servers:
+            server.server_close()
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status."""
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    daemon = Daemon(config)
+    for watched in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(watched, lambda received, _: signals.put(received))
+    daemon.start()
+    logger.info(
+        "ready: listen=%s upstream=%s",
+        describe_servers(daemon.servers),
+        " ".join(str(endpoint) for endpoint in config.upstream),
+    )
+    while signals.get() == signal.SIGUSR1:
+        daemon.log_state()
+    logger.info("stopping")
+    daemon.close()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status: 0, 1 cannot run, 2 bad option or file."""
+    try:
+        config = parse_args(
+            sys.argv[1:] if arguments is None else arguments, os.environ
+        )
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S%z",
+            level=config.log_level.upper(),
+        )
+        return run(config)
+    except ConfigError as error:
+        print(f"dotproxy: {error}", file=sys.stderr)
+        return error.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
