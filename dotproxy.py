@@ -4,20 +4,20 @@
 The path of a query
 
     UDP datagrams
-      UDPServer.get_request         drain the socket: one request = one batch of datagrams
-      UDPServer.process_request     WorkerPool.submit(the batch)   full -> drop [udp thread]
-      UDPHandler.handle             parse_query         FormatError -> FORMERR  [handler]
-        Proxy.resolve               join the same question in flight, else a new Exchange
+      UDPServer.get_request         drain the socket: one request = one batch
+      UDPServer.process_request     WorkerPool.submit(batch)  full -> drop       [udp]
+      UDPHandler.handle             parse_query  FormatError -> FORMERR       [worker]
+        Proxy.resolve               join the same question in flight, or a new Exchange
         UpstreamGroup.send          pick an upstream and one of its connections
         Connection.send             assign an ID, append the frame, flush if nobody does
       ... the handler thread is free ...
-      Connection._run               recv, decrypt, split, match ID and question [upstream]
+      Connection._run               receive, decrypt, match ID and question [upstream]
         UpstreamGroup.answered      good: complete; SERVFAIL or REFUSED: ask another
         Proxy.complete              once: build the response for everyone who waits
         reply                       sendto; never blocks
       Timer                         hedge, retry, SERVFAIL at the deadline      [timer]
 
-    TCP clients enter at the same Proxy.resolve from StreamHandler, with another `reply`.
+    TCP clients enter at the same Proxy.resolve, from StreamHandler, with another reply.
 
 Three contracts carry the design
 
@@ -261,8 +261,8 @@ def parse_query(message: bytes, stream: bool = False) -> Query:
         _parse_opt(query, message, end, extra, stream)
     elif len(message) != end:
         raise FormatError("octets after the question")
-    # Lengths of labels are below "A", so lower() changes letters only. AD is not part of
-    # the key: it is asked for always, and taken out for clients that did not ask.
+    # Lengths of labels are below "A", so lower() changes letters only. AD is not part
+    # of the key: it is asked for always, and taken out for clients that did not ask.
     query.key = b"%b%b%c%b%b" % (
         question[:-4].lower(),
         question[-4:],
@@ -304,8 +304,8 @@ def _parse_opt(
         raise FormatError("octets after the last record")
 
 
-# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or of
-# the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
+# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or
+# of the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
 QUERY_OPTIONS_ENDING_HERE = frozenset(
     (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
 )
@@ -353,8 +353,8 @@ def _upstream_opt(length: int, edns_flags: int, options: bytes) -> bytes:
 def build_upstream_query(query: Query) -> bytes:
     """Build what goes upstream, without its ID: padded, RD and CD carried, AD set.
 
-    AD says that we understand the AD bit of the response (RFC 6840 section 5.7); clients
-    that did not say so get the response without it.
+    AD says that we understand the AD bit of the response (RFC 6840 section 5.7);
+    clients that did not say so get the response without it.
     """
     question = query.question
     flags = query.flags & (RD | CD | Z) | AD
@@ -363,7 +363,7 @@ def build_upstream_query(query: Query) -> bytes:
 
 
 class Response:
-    """An upstream's well-formed response, without its OPT record, ready to be served."""
+    """A well-formed response, without its OPT record, ready to be served."""
 
     __slots__ = (
         "body",  # the records, as on the wire
@@ -469,7 +469,7 @@ def _client_opt(query: Query, rcode: int, options: bytes) -> bytes:
 
 
 def build_answer(query: Query, response: Response) -> bytes:
-    """Build the client's answer; one over the client's limit has TC=1 and no records."""
+    """Build the client's answer; one that does not fit has TC=1 and no records."""
     flags = response.flags & ~(RD | AD) | query.flags & RD
     if query.flags & AD or query.edns_flags & DO:
         flags |= response.flags & AD
@@ -523,7 +523,7 @@ def split_frames(octets: bytes) -> tuple[list[bytes], bytes]:
 
 
 def answerable(message: bytes) -> bool:
-    """Tell whether a message deserves any answer: a whole header, and not a response."""
+    """Tell whether a message deserves an answer: a whole header, no response."""
     return len(message) >= 12 and message[2] < 0x80
 
 
@@ -663,8 +663,8 @@ class WorkerPool:
 
 
 # ---- Upstream connections (RFC 7858, RFC 7766, RFC 8310) -----------------------------
-# An exchange is one question in flight. A connection carries many of them, pipelined, to
-# one endpoint that has proved its name. It knows nothing of other connections.
+# An exchange is one question in flight. A connection carries many of them, pipelined,
+# to one endpoint that has proved its name. It knows nothing of other connections.
 
 
 class Endpoint(NamedTuple):
@@ -680,7 +680,7 @@ class Endpoint(NamedTuple):
 
 
 class Trust:
-    """Which certificates are believed: the TLS settings of every upstream connection."""
+    """Which certificates are believed: the TLS settings towards upstreams."""
 
     def __init__(self, ca_file: str | None = None) -> None:
         """Load the CA certificates; raises ConfigError where there are none to load."""
@@ -690,8 +690,8 @@ class Trust:
     def certificate_names(self, raw: socket.socket) -> list[str]:
         """Shake hands on a fresh connection and return the names in the certificate.
 
-        The chain is verified, the name is not: for the log line about a wrong name only;
-        no query ever goes this way. Blocks as long as the socket's timeout.
+        The chain is verified, the name is not: for the log line about a wrong name
+        only; no query ever goes this way. Blocks as long as the socket's timeout.
         """
         context = self._build_context()
         context.check_hostname = False
@@ -779,8 +779,8 @@ Reply = Callable[[bytes], None]
 class Exchange:
     """One question in flight: who waits for it, and what has been tried.
 
-    `waiters` belongs to the Proxy's lock, from `copies` on to the UpstreamGroup's; `done`
-    is set once by the Proxy and read by everybody: it never becomes False again.
+    `waiters` belongs to the Proxy's lock, from `copies` on to the UpstreamGroup's;
+    `done` is set once by the Proxy and read by everybody: it never becomes False again.
     """
 
     __slots__ = (
@@ -843,9 +843,9 @@ class ConnectionOwner:
 class TLSChannel:
     """The client's end of a TLS session, on memory buffers; no socket, no waiting.
 
-    An OpenSSL object may not be used by two threads at once (openssl #18209), and CPython
-    does not see to it. Any thread may call any method: each holds the lock, over calls
-    that touch memory only.
+    An OpenSSL object may not be used by two threads at once (openssl #18209), and
+    CPython does not see to it. Any thread may call any method: each holds the lock,
+    over calls that touch memory only.
     """
 
     RECORD = 16384  # octets of plaintext that a TLS record has at most
@@ -919,8 +919,8 @@ class TLSChannel:
 class Line:
     """The way to an endpoint: a connected socket and a TLS channel over it.
 
-    Its owner's thread opens it and reads from it, blocking; `shut` wakes that thread from
-    any other.
+    Its owner's thread opens it and reads from it, blocking; `shut` wakes that thread
+    from any other.
     """
 
     READ_SIZE = 65536
@@ -943,8 +943,8 @@ class Line:
     ) -> tuple[TLSChannel, float]:
         """Connect and shake hands, within so many seconds each; raises UpstreamError.
 
-        Returns the channel, to an endpoint that has proved its name, and the seconds that
-        the TCP handshake took, which is a round trip.
+        Returns the channel, to an endpoint that has proved its name, and the seconds
+        that the TCP handshake took, which is a round trip.
         """
         start = self._clock()
         raw = self._connect(start + patience[0])
@@ -1067,8 +1067,8 @@ class Connection:
 
     One thread connects, shakes hands and reads; any thread may send, none waits for
     another or for the network. Whoever finds no flush under way becomes the flusher and
-    writes all that has gathered as one TLS write: 47-53 k queries/s against 23-31 k where
-    each query is a write of its own.
+    writes all that has gathered as one TLS write: 47-53 k queries/s against 23-31 k
+    where each query is a write of its own.
     """
 
     MAX_PENDING = 32768  # half of the IDs, so that a random free one is found at once
@@ -1129,7 +1129,7 @@ class Connection:
         self._thread.start()
 
     def send(self, exchanges: Sequence[Exchange], now: float) -> bool:
-        """Send the exchanges' queries; False, and nothing sent, where it is not open."""
+        """Send the exchanges' queries; False, and nothing sent, if it is not open."""
         with self._lock:
             pending = self._pending
             if not self._open or len(pending) + len(exchanges) > self.MAX_PENDING:
@@ -1338,7 +1338,7 @@ class IdleLife:
 
     @property
     def life(self) -> float:
-        """Return the believed life: the second shortest seen, as one may be a restart."""
+        """Return the believed life: the second shortest seen; one may be a restart."""
         if self.told is not None:
             return self.told
         return sorted(self._ages)[1] if len(self._ages) > 1 else self.START
@@ -1843,11 +1843,11 @@ class Dispatcher:
         since = now - exchange.sent
         if since < gap:
             return exchange.sent + gap
-        if since < self.CERTAIN:
-            if exchange in self.parked or not self._budget.spend():
-                return exchange.sent + self.CERTAIN
+        early = since < self.CERTAIN
+        if early and (exchange in self.parked or not self._budget.spend()):
+            return exchange.sent + self.CERTAIN
         self._again(plan, exchange, now)
-        if exchange in self.parked and used.is_open and since >= self.CERTAIN:
+        if exchange in self.parked and used.is_open and not early:
             plan.send(used, exchange, now)  # no other to be had: the same once more
         return now + gap
 
@@ -1992,7 +1992,7 @@ class UpstreamGroup(ConnectionOwner):
     def connection_answered(
         self, connection: Connection, answers: list[Answer], now: float
     ) -> None:
-        """Complete what has a good answer; have another upstream asked about the rest."""
+        """Complete what has a good answer; ask another upstream about the rest."""
         bad = [a for a in answers if a.response.rcode in FAILURE_RCODES]
         good = [a for a in answers if a not in bad] if bad else answers
         self._complete([(exchange, response) for exchange, response, _ in good])
@@ -2146,7 +2146,8 @@ class UpstreamGroup(ConnectionOwner):
         return (
             f"name={upstream.endpoint} state={state} latency_ms={latency}"
             f" overdue_ms={health.overdue_after * 1000:.0f}"
-            f" idle_life_s={upstream.idle.life:.1f} connections={len(upstream.connections)}"
+            f" idle_life_s={upstream.idle.life:.1f}"
+            f" connections={len(upstream.connections)}"
         )
 
 
@@ -2198,7 +2199,7 @@ class Proxy:
         return [f"in_flight={self._count}", *self._group.describe()]
 
     def drain(self, seconds: float) -> bool:
-        """Wait until every query is answered, at most so long; the only one to block."""
+        """Wait until every query is answered, at most so long; this one blocks."""
         with self._lock:
             return self._idle.wait_for(lambda: not self._count, seconds)
 
@@ -2236,7 +2237,7 @@ class Proxy:
             self._group.send(fresh, now)
 
     def complete(self, outcomes: list[Outcome]) -> None:
-        """Answer everyone who waits for these exchanges, unless that was done before."""
+        """Answer everyone who waits for these exchanges, unless that was done."""
         finished = []
         with self._lock:
             for exchange, outcome in outcomes:
@@ -2291,8 +2292,8 @@ def answer_failures(
 
 
 # ---- Servers (RFC 1035 section 4.2, RFC 7766, RFC 9210) ------------------------------
-# From sockets to the Proxy and back. They know sizes, addresses and time-outs, nothing of
-# names.
+# From sockets to the Proxy and back. They know sizes, addresses and time-outs, nothing
+# of names.
 
 Address = tuple[str, int]
 Datagram = tuple[bytes, "tuple[str, int]", "list[tuple[int, int, bytes]]"]
@@ -2313,7 +2314,7 @@ class UDPHandler(socketserver.BaseRequestHandler):
     request: list[Datagram]
 
     def handle(self) -> None:
-        """Parse the batch and hand it to the proxy; what cannot be parsed is answered."""
+        """Parse the batch and hand it to the proxy; answer what cannot be parsed."""
         queries: list[tuple[Query, Reply]] = []
         for message, address, ancillary in self.request:
             reply = functools.partial(self.server.reply, address, ancillary)
@@ -2421,8 +2422,8 @@ class UDPServer(socketserver.ThreadingUDPServer):
 def reply_from(data: bytes) -> bytes:
     """Turn the packet information of a query into that of its answer.
 
-    The source address is the one that was asked; the kernel picks the interface, but for
-    link-local addresses, which mean nothing without theirs.
+    The source address is the one that was asked; the kernel picks the interface, but
+    for link-local addresses, which mean nothing without theirs.
     """
     if len(data) == 12:  # in_pktinfo: interface, local address, destination
         return bytes(4) + data[4:8] + bytes(4)
@@ -2603,12 +2604,14 @@ class TCPServer(socketserver.ThreadingTCPServer):
         set_v6_only(self.socket)
         super().server_bind()
 
-    def process_request(self, request: object, client_address: object) -> None:
+    def process_request(  # type: ignore[override]
+        self, request: socket.socket, client_address: Address
+    ) -> None:
         """Give the client a thread; at a bound the longest idle one makes room."""
-        self._make_room(client_address[0])  # type: ignore[index]
-        task = functools.partial(self.process_request_thread, request, client_address)  # type: ignore[arg-type]
-        if not self._pool.submit(task):
-            self.shutdown_request(request)  # type: ignore[arg-type]
+        self._make_room(client_address[0])
+        serve = functools.partial(self.process_request_thread, request, client_address)
+        if not self._pool.submit(serve):
+            self.shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
@@ -2777,9 +2780,9 @@ def build_parser() -> Parser:
         prog="dotproxy",
         usage="%(prog)s [OPTION]... [@FILE]",
         description="Forward plain DNS (UDP and TCP) to DNS-over-TLS resolvers.",
-        epilog="Every option can also be set as DOTPROXY_OPTION in the environment, lists "
-        "with commas or spaces between; the command line wins. @FILE reads options from a "
-        "file, one a line, with # comments.",
+        epilog="Every option can also be set as DOTPROXY_OPTION in the environment, "
+        "lists with commas or spaces between; the command line wins. @FILE reads "
+        "options from a file, one a line, with # comments.",
         fromfile_prefix_chars="@",
         allow_abbrev=False,
         formatter_class=functools.partial(
@@ -2844,9 +2847,9 @@ def add_upstream_options(group: argparse._ArgumentGroup) -> None:
         metavar="HOST[:PORT][#NAME]",
         type=parse_endpoint,
         action="append",
-        help="DNS-over-TLS resolver whose certificate is for NAME, or for HOST without "
-        "one; repeatable (default: Cloudflare, 1.1.1.1#cloudflare-dns.com and its other "
-        "three addresses)",
+        help="DNS-over-TLS resolver whose certificate is for NAME, or for HOST "
+        "without one; repeatable (default: Cloudflare, 1.1.1.1#cloudflare-dns.com and "
+        "its other three addresses)",
     )
     group.add_argument(
         "--strategy",
@@ -2942,7 +2945,8 @@ def describe_bind_error(error: OSError, address: Address) -> str:
             5353: "a multicast DNS daemon, such as avahi-daemon or mDNSResponder",
         }.get(port, "another program")
         cure = f"stop it, or choose another port with --listen {host}:5354"
-        return f"cannot listen on {where}: port {port} is taken, probably by {holder}; {cure}"
+        taken = f"port {port} is taken, probably by {holder}"
+        return f"cannot listen on {where}: {taken}; {cure}"
     if error.errno in (errno.EACCES, errno.EPERM):
         cure = "start as root, or choose a port from 1024 up with --listen"
         return f"cannot listen on {where}: no permission for port {port}; {cure}"
@@ -3041,7 +3045,7 @@ def run(config: Config) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status: 0, 1 cannot run, 2 bad option or file."""
+    """Run the program; return its exit status: 0, 1 cannot run, 2 bad option."""
     try:
         config = parse_args(
             sys.argv[1:] if arguments is None else arguments, os.environ
