@@ -55,6 +55,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import enum
 import errno
@@ -101,6 +102,7 @@ HEADER = struct.Struct("!HHHHHH")  # RFC 1035 section 4.1.1
 RECORD = struct.Struct(
     "!HHIH"
 )  # what follows a record's name: type, class, TTL, length
+TTL = struct.Struct("!I")
 PAIR = struct.Struct("!HH")  # option code and length, frame length and ID, ID and flags
 
 MAX_NAME = 255  # octets with the root label, RFC 1035 section 2.3.4
@@ -123,11 +125,15 @@ class Rcode(enum.IntEnum):
     BADVERS = 16
 
 
+# RCODEs that say more of the upstream than of the name: another one is asked.
+FAILURE_RCODES = frozenset((Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED))
+
+
 class ExtendedError(enum.IntEnum):
     """Info codes of Extended DNS Errors (RFC 8914 section 4)."""
 
-    OTHER = 0
-    NOT_READY = 14
+    STALE_ANSWER = 3
+    STALE_NXDOMAIN_ANSWER = 19
     NO_REACHABLE_AUTHORITY = 22
     NETWORK_ERROR = 23
 
@@ -154,7 +160,8 @@ class UpstreamError(DotproxyError):
         super().__init__(text)
         self.cause = cause
 
-    def extended_error(self) -> ExtendedError:
+    @property
+    def info(self) -> ExtendedError:
         """Return the info code that comes nearest to the cause."""
         if self.cause in ("timeout", "certificate", "tls", "overload"):
             return ExtendedError.NO_REACHABLE_AUTHORITY
@@ -178,6 +185,7 @@ class Query:
     """A well-formed query: what was asked, and what its answer must look like."""
 
     __slots__ = (
+        "cache_key",  # under which an answer may be in the cache, or empty
         "client",  # the address that asked, without its port
         "edns",  # whether the client sent an OPT record
         "edns_flags",  # of its OPT record, DO among them
@@ -189,6 +197,7 @@ class Query:
         "options",  # EDNS options to pass on, as on the wire
         "question",  # QNAME, QTYPE and QCLASS as sent, case included
         "refusal",  # RCODE to refuse it with, or 0
+        "stale",  # the expired cache entry that may answer it, set by the proxy
     )
 
     def __init__(self, ident: int, flags: int, question: bytes, limit: int) -> None:
@@ -197,7 +206,8 @@ class Query:
         self.question = question
         self.limit = limit
         self.client = ""
-        self.key = b""
+        self.key = self.cache_key = b""
+        self.stale: CacheEntry | None = None
         self.edns = False
         self.edns_flags = 0
         self.options = b""
@@ -261,16 +271,26 @@ def parse_query(message: bytes, stream: bool = False) -> Query:
         _parse_opt(query, message, end, extra, stream)
     elif len(message) != end:
         raise FormatError("octets after the question")
-    # Lengths of labels are below "A", so lower() changes letters only. AD is not part
-    # of the key: it is asked for always, and taken out for clients that did not ask.
-    query.key = b"%b%b%c%b%b" % (
-        question[:-4].lower(),
-        question[-4:],
-        flags >> 8 & 1 | flags & (CD | Z),
-        query.edns_flags.to_bytes(2, "big"),
-        query.options,
-    )
+    _set_keys(query)
     return query
+
+
+def _set_keys(query: Query) -> None:
+    """Set the keys: most queries have one for both the cache and what is in flight.
+
+    AD is not part of it: it is asked for always, and taken out for clients that did not
+    ask. With RD=0 an answer is taken from the cache but not put there.
+    """
+    question, flags, edns_flags = query.question, query.flags, query.edns_flags
+    # Lengths of labels are below "A", so lower() changes letters only.
+    name, bits = question[:-4].lower(), flags & CD | edns_flags >> 15
+    query.key = b"%b%b%c" % (name, question[-4:], bits)
+    plain = not (flags & Z or query.options or edns_flags & ~DO)
+    if plain:
+        query.cache_key = query.key
+    if not (plain and flags & RD):
+        more = PAIR.pack(flags & (RD | Z), edns_flags)
+        query.key += more + query.options
 
 
 def _parse_opt(
@@ -369,7 +389,7 @@ class Response:
         "body",  # the records, as on the wire
         "counts",  # ANCOUNT, NSCOUNT, ARCOUNT without the OPT record, on the wire
         "flags",
-        "negative_ttl",  # of NXDOMAIN and NODATA with an SOA record, else None
+        "negative_ttl",  # of an SOA record in the authority section, else None
         "options",  # EDNS options to pass on to clients that speak EDNS
         "rcode",  # with the upper bits of the OPT record
         "ttl",  # the shortest; 0 where a TTL has the top bit set; None without records
@@ -426,7 +446,7 @@ def parse_response(message: bytes, end: int) -> Response:
                     lowest = ttl
                 elif ttl >= 1 << 31:
                     lowest = 0
-                if rrtype == TYPE_SOA and not answers and length >= 20:
+                if rrtype == TYPE_SOA and number >= answers and length >= 20:
                     minimum = int.from_bytes(message[offset - 4 : offset], "big")
                     response.negative_ttl = min(ttl, minimum)
     except (IndexError, struct.error):
@@ -468,13 +488,25 @@ def _client_opt(query: Query, rcode: int, options: bytes) -> bytes:
     return b"\0" + RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, ttl, len(options)) + options
 
 
-def build_answer(query: Query, response: Response) -> bytes:
-    """Build the client's answer; one that does not fit has TC=1 and no records."""
-    flags = response.flags & ~(RD | AD) | query.flags & RD
+def build_answer(
+    query: Query,
+    response: Response,
+    body: bytes | None = None,
+    options: bytes | None = None,
+) -> bytes:
+    """Build the client's answer; one that does not fit has TC=1 and no records.
+
+    `body` and `options`, where given, stand for those of the response.
+    """
+    flags = response.flags & ~(RD | AD | CD) | query.flags & (RD | CD)
     if query.flags & AD or query.edns_flags & DO:
         flags |= response.flags & AD
-    opt = _client_opt(query, response.rcode, response.options)
-    question, body, counts = query.question, response.body, response.counts
+    opt = _client_opt(
+        query, response.rcode, response.options if options is None else options
+    )
+    question, counts = query.question, response.counts
+    if body is None:
+        body = response.body
     if 12 + len(question) + len(body) + len(opt) > query.limit:
         flags, body, counts = flags | TC, b"", bytes(6)
         opt = _client_opt(query, response.rcode, b"")
@@ -485,19 +517,28 @@ def build_answer(query: Query, response: Response) -> bytes:
     return b"%b\0\1%b%b%b%b" % (head, counts, question, body, opt)
 
 
-def build_error(
-    query: Query, rcode: int, info: ExtendedError | None = None, text: str = ""
-) -> bytes:
-    """Build an answer of our own; EDNS clients learn why (RFC 8914)."""
-    options = b""
-    if info is not None:
-        reason = text.encode("utf-8", "replace")[:200]
-        options = PAIR.pack(OPTION_EDE, 2 + len(reason))
-        options += info.to_bytes(2, "big") + reason
-    response = Response(QR | RA | query.flags & CD | rcode & RCODE_MASK)
+def with_ttls(response: Response, change: Callable[[int], int]) -> bytes:
+    """Return the records of a response with every TTL changed by `change`."""
+    body = bytearray(response.body)
+    for offset in response.ttl_offsets:
+        (ttl,) = TTL.unpack_from(body, offset)
+        TTL.pack_into(body, offset, change(ttl))
+    return bytes(body)
+
+
+def build_option(info: ExtendedError, text: str) -> bytes:
+    """Build an Extended DNS Error option (RFC 8914 section 2)."""
+    reason = text.encode("utf-8", "replace")[:200]
+    data = info.to_bytes(2, "big") + reason
+    return PAIR.pack(OPTION_EDE, len(data)) + data
+
+
+def error_response(rcode: int, options: bytes = b"") -> Response:
+    """Make a response of our own that has no records."""
+    response = Response(QR | RA | rcode & RCODE_MASK)
     response.rcode = rcode
     response.options = options
-    return build_answer(query, response)
+    return response
 
 
 def build_format_error(message: bytes, rcode: Rcode) -> bytes:
@@ -525,6 +566,189 @@ def split_frames(octets: bytes) -> tuple[list[bytes], bytes]:
 def answerable(message: bytes) -> bool:
     """Tell whether a message deserves an answer: a whole header, no response."""
     return len(message) >= 12 and message[2] < 0x80
+
+
+# ---- Cache (RFC 2308, RFC 8767, RFC 9520) --------------------------------------------
+# Responses by question, bounded by octets. An entry is live, then stale, then gone; it
+# never changes but for how it is used. It knows nothing of clients or upstreams.
+
+
+class CacheEntry:
+    """A stored response, and how it is used."""
+
+    __slots__ = (
+        "expires",  # when it becomes stale
+        "failed",  # whether it is a failure, which is never served stale
+        "hits",
+        "prefetch_at",  # from then on a popular entry is refreshed
+        "refreshing",  # is asked for again already
+        "response",
+        "retry_at",  # not before this is it asked for again, once it is stale
+        "size",  # octets of memory
+        "stored_at",
+    )
+
+    def __init__(self, response: Response, now: float, ttl: float) -> None:
+        self.response = response
+        self.stored_at = now
+        self.expires = now + ttl
+        self.prefetch_at = now + ttl * Cache.PREFETCH_AFTER
+        self.retry_at = 0.0
+        self.hits = 0
+        self.refreshing = False
+        self.failed = False
+        self.size = 0
+
+    def answer(self, query: Query, now: float) -> bytes:
+        """Build an answer whose TTLs have counted down by whole seconds."""
+        age = int(now - self.stored_at)
+        if not age:
+            return build_answer(query, self.response)
+        body = with_ttls(self.response, lambda ttl: max(0, ttl - age))
+        return build_answer(query, self.response, body)
+
+    def stale_answer(self, query: Query) -> bytes:
+        """Build an answer from a stale entry that says that it is one."""
+        body = with_ttls(self.response, lambda ttl: Cache.STALE_TTL)
+        info = ExtendedError.STALE_ANSWER
+        if self.response.rcode == Rcode.NXDOMAIN:
+            info = ExtendedError.STALE_NXDOMAIN_ANSWER
+        options = self.response.options + build_option(info, "no upstream answers")
+        return build_answer(query, self.response, body, options)
+
+
+class Cache:
+    """Responses by cache key; the least recently used go first, stale ones before.
+
+    Any thread may call any method; none blocks.
+    """
+
+    NEGATIVE_MAX = 3600  # s that NXDOMAIN and NODATA live, RFC 2308 section 5
+    STALE_TTL = 30  # s, RFC 8767 section 4
+    STALE_RETRY = 30.0  # s after a failed refresh until the next, RFC 8767 section 5
+    STALE_AFTER = 1.8  # s that a client waits for a fresh answer, RFC 8767 section 5
+    PREFETCH_AFTER = 0.9  # of the life
+    POPULAR = 2  # hits from which an entry is prefetched
+    OVERHEAD = 620  # octets of an entry beside its key and records, as measured
+
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        min_ttl: int = 0,
+        max_ttl: int = 7 * 86400,
+        fail_ttl: float = 1.0,
+        stale: float = 86400.0,
+    ) -> None:
+        """Prepare a cache; `stale`: seconds that an expired entry is kept."""
+        self._max_bytes = max_bytes
+        self._min_ttl = min_ttl
+        self._max_ttl = max_ttl
+        self._fail_ttl = fail_ttl
+        self._stale = stale
+        self._lock = threading.Lock()  # guards all below
+        self._entries: collections.OrderedDict[bytes, CacheEntry] = (
+            collections.OrderedDict()  # least recently used first
+        )
+        self._expiries: list[tuple[float, bytes]] = []  # a heap, with outdated items
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def size(self) -> int:
+        """Return how many octets of memory the entries take: a snapshot."""
+        return self._size
+
+    def get(self, key: bytes, now: float) -> CacheEntry | None:
+        """Return the entry for this key, live or stale."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            if now < entry.expires + (0 if entry.failed else self._stale):
+                self._entries.move_to_end(key)
+                entry.hits += 1
+                return entry
+            self._remove_locked(key)
+        return None
+
+    def put(self, key: bytes, response: Response, now: float) -> Response:
+        """Store a response if it may be; return it as it is to be served."""
+        ttl = self._life(response)
+        if ttl <= 0 or not self._max_bytes:
+            return response
+        failed = response.rcode in FAILURE_RCODES
+        entry = CacheEntry(response if failed else self._bounded(response), now, ttl)
+        entry.failed = failed
+        entry.size = self.OVERHEAD + len(key) + len(response.body)
+        entry.size += len(response.options) + 8 * len(response.ttl_offsets)
+        with self._lock:
+            old = self._entries.get(key)
+            if failed and old is not None and not old.failed:
+                return response  # a failure never takes the place of data
+            if old is not None:
+                self._remove_locked(key)
+            self._entries[key] = entry
+            self._size += entry.size
+            heapq.heappush(self._expiries, (entry.expires, key))
+            while self._size > self._max_bytes:
+                self._remove_locked(self._victim_locked(now))
+            if len(self._expiries) > 2 * len(self._entries) + 64:
+                self._tidy_locked()
+        return entry.response
+
+    def flush(self) -> int:
+        """Forget everything; return how many entries there were."""
+        with self._lock:
+            number = len(self._entries)
+            self._entries.clear()
+            self._expiries.clear()
+            self._size = 0
+        return number
+
+    def _life(self, response: Response) -> float:
+        """Return for how many seconds a response may be stored, 0 for not at all."""
+        if response.flags & TC:
+            return 0
+        if response.rcode in FAILURE_RCODES:
+            return self._fail_ttl
+        if response.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN) or not response.ttl:
+            return 0
+        ttl = response.ttl
+        if response.negative_ttl is not None:
+            ttl = min(ttl, response.negative_ttl, self.NEGATIVE_MAX)
+        elif response.rcode == Rcode.NXDOMAIN or response.counts[:2] == b"\0\0":
+            return 0
+        return min(max(ttl, self._min_ttl), self._max_ttl) if ttl else 0
+
+    def _bounded(self, response: Response) -> Response:
+        """Return the response with its TTLs within the bounds that apply to it."""
+        low, high = self._min_ttl, self._max_ttl
+        if response.negative_ttl is not None:
+            high = min(high, max(low, min(response.negative_ttl, self.NEGATIVE_MAX)))
+        body = with_ttls(response, lambda ttl: min(max(ttl, low), high))
+        if body == response.body:
+            return response
+        bounded = copy.copy(response)
+        bounded.body = body
+        return bounded
+
+    def _victim_locked(self, now: float) -> bytes:
+        while self._expiries and self._expiries[0][0] <= now:
+            expires, key = heapq.heappop(self._expiries)
+            entry = self._entries.get(key)
+            if entry is not None and entry.expires == expires:
+                return key
+        return next(iter(self._entries))
+
+    def _remove_locked(self, key: bytes) -> None:
+        self._size -= self._entries.pop(key).size
+
+    def _tidy_locked(self) -> None:
+        self._expiries = [(entry.expires, key) for key, entry in self._entries.items()]
+        heapq.heapify(self._expiries)
 
 
 # ---- Timer and worker threads --------------------------------------------------------
@@ -703,11 +927,10 @@ class Trust:
     def has_authorities(self) -> bool:
         """Tell whether there is any CA certificate to verify with."""
         directory = ssl.get_default_verify_paths().capath
-        return (
-            self.context.cert_store_stats()["x509_ca"] > 0
-            or (self.ca_file is None
+        return self.context.cert_store_stats()["x509_ca"] > 0 or (
+            self.ca_file is None
             and directory is not None
-            and bool(os.listdir(directory)))
+            and bool(os.listdir(directory))
         )
 
     def _build_context(self) -> ssl.SSLContext:
@@ -794,7 +1017,6 @@ class Exchange:
         "query",
         "refused_by",  # upstreams that answered SERVFAIL or the like
         "sent",  # when last
-        "started",
         "waiters",
         "wire",  # the upstream query without its ID
     )
@@ -802,7 +1024,7 @@ class Exchange:
     def __init__(self, query: Query, now: float, deadline: float) -> None:
         self.query = query
         self.wire = build_upstream_query(query)
-        self.started = self.sent = now
+        self.sent = now
         self.deadline = deadline
         self.waiters: list[tuple[Query, Reply]] = []
         self.done = False
@@ -1694,10 +1916,6 @@ class Fleet:
         return (health.latency or 0.0) * (1.0 + weight * connection.pending)
 
 
-# RCODEs that say more of the upstream than of the name: another one is asked.
-FAILURE_RCODES = frozenset((Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED))
-
-
 class Dispatcher:
     """Which exchange goes where and when: first copies, hedges, replays, giving up.
 
@@ -1867,10 +2085,8 @@ class Dispatcher:
             if connection.waiting_since is not None and health.doubtful:
                 continue
             if (
-                (health.doubtful
-                and now >= health.probe_at)
-                or random.random() < self.EXPLORE
-            ):
+                health.doubtful and now >= health.probe_at
+            ) or random.random() < self.EXPLORE:
                 health.probe_at = now + Health.RETRY_MIN
                 plan.send(connection, exchange, now)
                 return
@@ -2164,13 +2380,16 @@ def keepalive_told(response: Response) -> float | None:
 
 
 class Proxy:
-    """Joins equal questions in flight, and answers everyone who waits for one."""
+    """Answers from the cache, or has a question asked once for everyone who waits."""
+
+    MAX_HOT = 4096  # answers kept ready byte for byte, about 2 MiB
 
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
         trust: Trust,
         timer: Timer,
+        cache: Cache,
         *,
         timeout: float = 4.0,
         max_in_flight: int = 10_000,
@@ -2178,9 +2397,14 @@ class Proxy:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
+        self._timer = timer
+        self._cache = cache
         self._timeout = timeout
         self._max_in_flight = max_in_flight
         self._clock = clock
+        # By datagram without its ID: until when, the answer without its ID, the entry.
+        # No lock: single operations of a dict are atomic on every build.
+        self._hot: dict[bytes, tuple[float, bytes, CacheEntry]] = {}
         self._group = UpstreamGroup(
             endpoints, trust, timer, self.complete, strategy=strategy, clock=clock
         )
@@ -2196,7 +2420,8 @@ class Proxy:
 
     def describe(self) -> list[str]:
         """Return lines that tell the state of the proxy, for the log."""
-        return [f"in_flight={self._count}", *self._group.describe()]
+        cache = f"cache_entries={len(self._cache)} cache_bytes={self._cache.size}"
+        return [f"in_flight={self._count} {cache}", *self._group.describe()]
 
     def drain(self, seconds: float) -> bool:
         """Wait until every query is answered, at most so long; this one blocks."""
@@ -2207,37 +2432,51 @@ class Proxy:
         """Close the upstream connections."""
         self._group.close()
 
+    def lookup(self, message: bytes, now: float) -> bytes | Query:
+        """Return the answer to a datagram, or the query that has to be resolved.
+
+        Never blocks, does no I/O, never raises: the receiving thread may call it.
+        """
+        # Most queries repeat byte for byte, but for the ID. No entry here outlives a
+        # second of its TTL.
+        hot = self._hot.get(message[2:])
+        if hot is not None and now < hot[0]:
+            hot[2].hits += 1
+            return message[:2] + hot[1]
+        return self._look_up(message, now, stream=False)
+
+    def lookup_stream(self, message: bytes, now: float) -> bytes | Query:
+        """Do the same for a message that came over TCP."""
+        return self._look_up(message, now, stream=True)
+
     def resolve(self, queries: Sequence[tuple[Query, Reply]]) -> None:
         """Have each query answered through its `reply`, exactly once; never blocks."""
         now = self._clock()
         fresh: list[Exchange] = []
-        count = 0
         with self._lock:
             exchanges = self._exchanges
             for waiter in queries:
                 query = waiter[0]
-                if query.refusal:
-                    continue
-                count += 1
                 exchange = exchanges.get(query.key)
                 if exchange is None:
                     exchange = Exchange(query, now, now + self._timeout)
                     exchanges[query.key] = exchange
                     fresh.append(exchange)
                 exchange.waiters.append(waiter)
-            self._count += count
+            self._count += len(queries)
             shed = self._shed_locked() if self._count > self._max_in_flight else []
-        if count < len(queries):
-            for query, reply in queries:
-                if query.refusal:
-                    reply(build_error(query, query.refusal))
-        error = UpstreamError("overload", "too many queries in flight")
-        answer_failures(shed, error)
+        if shed:
+            answer_all(shed, UpstreamError("overload", "too many queries in flight"))
+        for exchange in fresh:
+            if exchange.query.stale is not None:
+                serve = functools.partial(self._serve_stale, exchange)
+                self._timer.at(now + Cache.STALE_AFTER, serve)
         if fresh:
             self._group.send(fresh, now)
 
     def complete(self, outcomes: list[Outcome]) -> None:
         """Answer everyone who waits for these exchanges, unless that was done."""
+        now = self._clock()
         finished = []
         with self._lock:
             for exchange, outcome in outcomes:
@@ -2247,15 +2486,102 @@ class Proxy:
                 del self._exchanges[exchange.query.key]
                 waiters, exchange.waiters = exchange.waiters, []
                 self._count -= len(waiters)
-                finished.append((waiters, outcome))
+                finished.append((exchange, waiters, outcome))
             if not self._count:
                 self._idle.notify_all()
-        for waiters, outcome in finished:
-            if isinstance(outcome, UpstreamError):
-                answer_failures(waiters, outcome)
-                continue
-            for query, reply in waiters:
-                reply(build_answer(query, outcome))
+        for exchange, waiters, outcome in finished:
+            answer_all(waiters, self._remember(exchange, outcome, now))
+
+    def flush(self) -> None:
+        """Forget every cached answer."""
+        self._hot = {}
+        logger.info("cache flushed: entries=%d", self._cache.flush())
+
+    def _look_up(self, message: bytes, now: float, stream: bool) -> bytes | Query:
+        try:
+            query = parse_query(message, stream)
+        except FormatError as error:
+            return build_format_error(message, error.rcode)
+        if query.refusal:
+            return build_answer(query, error_response(query.refusal))
+        entry = self._cache.get(query.cache_key, now) if query.cache_key else None
+        if entry is None:
+            return query
+        if now >= entry.expires:
+            return self._look_up_stale(query, entry, now)
+        popular = entry.hits >= Cache.POPULAR and not entry.refreshing
+        if popular and now >= entry.prefetch_at and not entry.failed:
+            entry.refreshing = True
+            self._timer.at(now, functools.partial(self._refresh, query))
+        answer = entry.answer(query, now)
+        if not stream:
+            self._keep_hot(message[2:], answer[2:], entry, now)
+        return answer
+
+    def _look_up_stale(
+        self, query: Query, entry: CacheEntry, now: float
+    ) -> bytes | Query:
+        """Answer at once where that failed before, else have it asked for again."""
+        if query.key != query.cache_key:  # RFC 8767 section 4: never with RD=0
+            return query
+        if not entry.retry_at:
+            query.stale = entry
+            return query
+        if now >= entry.retry_at:
+            entry.retry_at = now + Cache.STALE_RETRY
+            self._timer.at(now, functools.partial(self._refresh, query))
+        return entry.stale_answer(query)
+
+    def _keep_hot(
+        self, question: bytes, answer: bytes, entry: CacheEntry, now: float
+    ) -> None:
+        """Keep an answer ready until one of its TTLs changes or it may be refreshed."""
+        until = entry.stored_at + int(now - entry.stored_at) + 1
+        if now < entry.prefetch_at:
+            until = min(until, entry.prefetch_at)
+        if len(self._hot) >= self.MAX_HOT:
+            self._hot = {}
+        self._hot[question] = (min(until, entry.expires), answer, entry)
+
+    def _remember(
+        self, exchange: Exchange, outcome: Response | UpstreamError, now: float
+    ) -> Response | UpstreamError | CacheEntry:
+        """Cache an outcome; return what to answer, which may be a stale entry."""
+        query, stale = exchange.query, exchange.query.stale
+        good = isinstance(outcome, Response) and outcome.rcode not in FAILURE_RCODES
+        if stale is not None and not good:
+            stale.retry_at = now + Cache.STALE_RETRY
+            return stale
+        if query.key != query.cache_key:
+            return outcome
+        if isinstance(outcome, Response):
+            return self._cache.put(query.key, outcome, now)
+        if outcome.cause == "timeout" and exchange.copies:
+            # Time-outs are dear, and kept as failures are; others fail at once anyway.
+            return self._cache.put(query.key, failure_response(outcome), now)
+        return outcome
+
+    def _serve_stale(self, exchange: Exchange) -> None:
+        """Answer from the stale entry who has waited long enough; ask on regardless."""
+        with self._lock:
+            waiters, exchange.waiters = exchange.waiters, []
+            self._count -= len(waiters)
+            if not self._count:
+                self._idle.notify_all()
+        entry = exchange.query.stale
+        if waiters and entry is not None:
+            entry.retry_at = self._clock() + Cache.STALE_RETRY
+            answer_all(waiters, entry)
+
+    def _refresh(self, query: Query) -> None:
+        """Ask for a cached answer again, with nobody waiting."""
+        now = self._clock()
+        with self._lock:
+            if query.key in self._exchanges or self._count >= self._max_in_flight:
+                return
+            exchange = Exchange(query, now, now + self._timeout)
+            self._exchanges[query.key] = exchange
+        self._group.send([exchange], now)
 
     def _shed_locked(self) -> list[tuple[Query, Reply]]:
         """Take out the oldest queries of the client with the most in flight.
@@ -2282,13 +2608,25 @@ class Proxy:
         return shed
 
 
-def answer_failures(
-    waiters: Sequence[tuple[Query, Reply]], error: UpstreamError
+def failure_response(error: UpstreamError) -> Response:
+    """Make a SERVFAIL response with an Extended DNS Error that says why (RFC 8914)."""
+    return error_response(Rcode.SERVFAIL, build_option(error.info, str(error)))
+
+
+def answer_all(
+    waiters: Sequence[tuple[Query, Reply]],
+    outcome: Response | UpstreamError | CacheEntry,
 ) -> None:
-    """Answer SERVFAIL with an Extended DNS Error that says why (RFC 8914)."""
+    """Answer everyone who waits."""
+    if isinstance(outcome, CacheEntry):
+        for query, reply in waiters:
+            reply(outcome.stale_answer(query))
+        return
+    response = (
+        failure_response(outcome) if isinstance(outcome, UpstreamError) else outcome
+    )
     for query, reply in waiters:
-        info = error.extended_error()
-        reply(build_error(query, Rcode.SERVFAIL, info, str(error)))
+        reply(build_answer(query, response))
 
 
 # ---- Servers (RFC 1035 section 4.2, RFC 7766, RFC 9210) ------------------------------
@@ -2311,21 +2649,11 @@ class UDPHandler(socketserver.BaseRequestHandler):
     """Handles a batch of datagrams in a worker thread."""
 
     server: UDPServer
-    request: list[Datagram]
+    request: list[tuple[Query, Reply]]
 
     def handle(self) -> None:
-        """Parse the batch and hand it to the proxy; answer what cannot be parsed."""
-        queries: list[tuple[Query, Reply]] = []
-        for message, address, ancillary in self.request:
-            reply = functools.partial(self.server.reply, address, ancillary)
-            try:
-                query = parse_query(message)
-            except FormatError as error:
-                reply(build_format_error(message, error.rcode))
-                continue
-            query.client = address[0]
-            queries.append((query, reply))
-        self.server.proxy.resolve(queries)
+        """Have what the cache did not answer resolved."""
+        self.server.proxy.resolve(self.request)
 
 
 class UDPServer(socketserver.ThreadingUDPServer):
@@ -2336,8 +2664,15 @@ class UDPServer(socketserver.ThreadingUDPServer):
     max_packet_size = 4096  # a query is far smaller; recvfrom allocates this each time
     daemon_threads = True
 
-    def __init__(self, address: Address, proxy: Proxy, pool: WorkerPool) -> None:
+    def __init__(
+        self,
+        address: Address,
+        proxy: Proxy,
+        pool: WorkerPool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.proxy = proxy
+        self.clock = clock
         self._pool = pool
         host = ipaddress.ip_address(address[0])
         self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
@@ -2379,9 +2714,21 @@ class UDPServer(socketserver.ThreadingUDPServer):
         """Tell whether there is anything in the batch."""
         return bool(request)
 
-    def process_request(self, request: object, client_address: object) -> None:
-        """Hand the batch to a worker; a batch too many is dropped."""
-        self._pool.submit(functools.partial(self._finish, request, client_address))
+    def process_request(  # type: ignore[override]
+        self, request: list[Datagram], client_address: Address
+    ) -> None:
+        """Answer what the cache can; hand the rest to a worker, or drop it."""
+        now, lookup, misses = self.clock(), self.proxy.lookup, []
+        for message, address, ancillary in request:
+            found = lookup(message, now)
+            if isinstance(found, bytes):
+                self.reply(address, ancillary, found)
+            else:
+                found.client = address[0]
+                reply = functools.partial(self.reply, address, ancillary)
+                misses.append((found, reply))
+        if misses:
+            self._pool.submit(functools.partial(self._finish, misses, client_address))
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
@@ -2534,14 +2881,14 @@ class StreamHandler(socketserver.BaseRequestHandler):
         for message in filter(answerable, messages):
             with self._lock:
                 self.in_flight += 1
-            try:
-                query = parse_query(message, stream=True)
-            except FormatError as error:
-                self.reply(build_format_error(message, error.rcode))
-                continue
-            query.client = self.client_address[0]
-            queries.append((query, self.reply))
-        self.server.proxy.resolve(queries)
+            found = self.server.proxy.lookup_stream(message, self.active_at)
+            if isinstance(found, bytes):
+                self.reply(found)
+            else:
+                found.client = self.client_address[0]
+                queries.append((found, self.reply))
+        if queries:
+            self.server.proxy.resolve(queries)
 
     def _push(self, octets: bytes, answers: int = 0) -> bool:
         """Send what the kernel takes and keep the rest; False where it is hopeless."""
@@ -2673,6 +3020,11 @@ class Config:
     ca_file: str | None = None
     strategy: str = "fastest"
     timeout: float = 4.0
+    cache_size: int = 32 << 20
+    cache_min_ttl: int = 0
+    cache_max_ttl: int = 7 * 86400
+    cache_fail_ttl: float = 1.0
+    cache_stale: float = 86400.0
     max_in_flight: int = 10_000
     max_tcp_clients: int = 512
     max_tcp_per_client: int = 256
@@ -2729,6 +3081,15 @@ def parse_endpoint(text: str) -> Endpoint:
         hint = "write HOST[:PORT][#TLS-NAME], such as 9.9.9.9#dns.quad9.net"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
     return Endpoint(host, port, name or host)
+
+
+def parse_size(text: str) -> int:
+    """Parse a number of octets, with an optional K, M or G, for argparse."""
+    digits, unit = text.rstrip("KMGkmg"), text[-1:].upper()
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(unit, 1)
+    if not (digits.isascii() and digits.isdigit()) or len(text) - len(digits) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give octets, such as 32M")
+    return int(digits) * factor
 
 
 def is_host(text: str) -> bool:
@@ -2791,6 +3152,7 @@ def build_parser() -> Parser:
     )
     add_serving_options(parser.add_argument_group("serving"))
     add_upstream_options(parser.add_argument_group("upstream"))
+    add_cache_options(parser.add_argument_group("cache"))
     group = parser.add_argument_group("about")
     group.add_argument(
         "--log-level",
@@ -2863,6 +3225,35 @@ def add_upstream_options(group: argparse._ArgumentGroup) -> None:
         metavar="PEM",
         help="trust the CA certificates in this file only (default: the system's)",
     )
+
+
+def add_cache_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what concerns the cache."""
+    group.add_argument(
+        "--cache-size",
+        metavar="BYTES",
+        type=parse_size,
+        help="memory for answers, with K, M or G if you like; 0 for no cache (default: "
+        "32M)",
+    )
+    for option, high, text in (
+        ("--cache-min-ttl", 86400, "keep answers at least this long (default: 0)"),
+        (
+            "--cache-max-ttl",
+            7 * 86400,
+            "keep answers at most so long (default: 604800)",
+        ),
+        ("--cache-fail-ttl", 30, "keep failures so long (default: 1)"),
+        (
+            "--cache-stale",
+            7 * 86400,
+            "keep expired answers so long, for when no upstream answers; 0 for not at "
+            "all (default: 86400)",
+        ),
+    ):
+        group.add_argument(
+            option, metavar="SECONDS", type=number(int, 0, high), help=text
+        )
 
 
 def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -2978,6 +3369,13 @@ class Daemon:
             config.upstream,
             trust,
             self._timer,
+            Cache(
+                config.cache_size,
+                min_ttl=config.cache_min_ttl,
+                max_ttl=config.cache_max_ttl,
+                fail_ttl=config.cache_fail_ttl,
+                stale=config.cache_stale,
+            ),
             timeout=config.timeout,
             max_in_flight=config.max_in_flight,
             strategy=config.strategy,
@@ -3000,6 +3398,10 @@ class Daemon:
             )
             self._threads.append(thread)
             thread.start()
+
+    def flush(self) -> None:
+        """Empty the cache."""
+        self._proxy.flush()
 
     def log_state(self) -> None:
         """Write the state of the proxy and of each upstream to the log."""
@@ -3029,7 +3431,8 @@ def run(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     daemon = Daemon(config)
-    for watched in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    actions = {signal.SIGHUP: daemon.flush, signal.SIGUSR1: daemon.log_state}
+    for watched in (signal.SIGTERM, signal.SIGINT, *actions):
         signal.signal(watched, lambda received, _: signals.put(received))
     daemon.start()
     logger.info(
@@ -3037,8 +3440,8 @@ def run(config: Config) -> int:
         describe_servers(daemon.servers),
         " ".join(str(endpoint) for endpoint in config.upstream),
     )
-    while signals.get() == signal.SIGUSR1:
-        daemon.log_state()
+    while (action := actions.get(signal.Signals(signals.get()))) is not None:
+        action()
     logger.info("stopping")
     daemon.close()
     return 0

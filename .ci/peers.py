@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check dotproxy with real programs: DNS clients in front, DNS-over-TLS servers behind.
 
-    .ci/peers.py                   every check, about two minutes
+    .ci/peers.py                   every check, in about a minute
     .ci/peers.py --list            their names
     .ci/peers.py --only unbound    those whose name matches the regular expression
     .ci/peers.py --bench           queries/s and CPU time per query beside unbound's
