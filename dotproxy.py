@@ -481,6 +481,10 @@ def check_response(message: bytes, question: bytes) -> Response:
 
     Raises FormatError for any other, the case of a letter included.
     """
+    if len(message) == MIN_MESSAGE and message[2] >= 0x80:
+        flags = message[2] << 8 | message[3]  # some servers fail with a bare header
+        if flags & RCODE_MASK in FAILURE_RCODES and not any(message[4:]):
+            return Response(flags)
     if message[2] < 0x80 or message[4:6] != b"\0\1":
         raise FormatError("no response to one question")
     if not message.startswith(question, 12):
@@ -1048,6 +1052,8 @@ class Exchange:
         "query",
         "refused_by",  # upstreams that answered SERVFAIL or the like
         "sent",  # when last
+        "started",
+        "suspect",  # of killing connections: it gets one of its own
         "waiters",
         "wire",  # the upstream query without its ID
     )
@@ -1055,10 +1061,10 @@ class Exchange:
     def __init__(self, query: Query, now: float, deadline: float) -> None:
         self.query = query
         self.wire = build_upstream_query(query)
-        self.sent = now
+        self.started = self.sent = now
         self.deadline = deadline
         self.waiters: list[tuple[Query, Reply]] = []
-        self.done = False
+        self.done = self.suspect = False
         self.copies = self.live = self.losses = 0
         self.avoid: Connection | None = None
         self.refused_by: tuple[Upstream, ...] = ()
@@ -1244,7 +1250,8 @@ class Line:
         with self._lock:
             self._ended = True
             if self._socket is not None:
-                self.send(farewell)
+                if farewell:  # to send nothing would wait for a socket that connects
+                    self.send(farewell)
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -1266,22 +1273,38 @@ class Line:
         failure = OSError(errno.EADDRNOTAVAIL, "no address")
         for family, kind, protocol, _, address in found:
             try:
-                raw = self._adopt(socket.socket(family, kind, protocol))
-                raw.settimeout(max(0.05, deadline - self._clock()))
-                raw.connect(address)
+                raw = socket.socket(family, kind, protocol)
+                self._begin_to_connect(raw, address)
+                self._finish_to_connect(raw, max(0.05, deadline - self._clock()))
                 return raw
             except OSError as error:
                 failure = error
         raise describe_network_error(failure, self._endpoint) from failure
 
-    def _adopt(self, raw: socket.socket) -> socket.socket:
+    def _begin_to_connect(
+        self, raw: socket.socket, address: tuple[object, ...]
+    ) -> None:
+        """Take over a socket; under the lock, as `shut` wakes only who connects."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
             self._socket = raw
             if self._ended:
                 raise UpstreamError("ended", "closed here")
-        return raw
+            raw.setblocking(False)
+            code = raw.connect_ex(address)
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+
+    @staticmethod
+    def _finish_to_connect(raw: socket.socket, patience: float) -> None:
+        poller = select.poll()
+        poller.register(raw, select.POLLOUT)
+        if not poller.poll(patience * 1000):
+            raise socket.timeout
+        code = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
 
     def _shake_hands(
         self, raw: socket.socket, channel: TLSChannel, deadline: float
@@ -1440,6 +1463,7 @@ class Connection:
             error = error if self._ended else failure
         except Exception:
             logger.exception("internal error: thread=%s", self._thread.name)
+            error = UpstreamError("internal", "internal error: see the log")
         finally:
             self._owner.connection_lost(self, error, self._shut())
 
@@ -1575,7 +1599,8 @@ class IdleLife:
 
     def note(self, age: float) -> None:
         """Take note that the server closed a connection that was idle for `age`."""
-        self._ages.append(age)
+        if age >= self.SHORTEST:  # else nothing to learn: it is a restart or a bound
+            self._ages.append(age)
 
     @property
     def life(self) -> float:
@@ -1643,6 +1668,7 @@ class Health:
         """Note answers; up by 19 % and down by 1 % balances at the 95th percentile."""
         self.worked = True
         self.doubtful = False
+        self.failing_since = None  # one connection works, whatever another met with
         latency, slow = self.latency or 0.0, self.slow
         for sample in latencies:
             latency += (sample - latency) * 0.125
@@ -1661,7 +1687,9 @@ class Health:
         delay = min(max(self.RETRY_MIN, outage * self.RETRY_SHARE), self.RETRY_MAX)
         urgent = self.RETRY_MIN
         if self.worked and outage < self.GRACE:
-            urgent = delay = min(delay, self.RETRY_GRACE * 2 ** (self.failures - 1))
+            urgent = delay = min(
+                delay, self.RETRY_GRACE * 2 ** min(self.failures - 1, 8)
+            )
         self.retry_at = started + delay * jitter
         self.urgent_at = started + urgent * jitter
 
@@ -1670,6 +1698,7 @@ class Upstream:
     """One endpoint and its connections; guarded by the group's lock."""
 
     MAX_CONNECTIONS = 4  # at once, dying ones included: one works, one hedges
+    STUCK = 0.75  # s after which a dial may be overtaken by another
     QUICK = (0.75, 1.25)  # s to connect and to shake hands: a lost SYN is sent again
     PATIENT = (3.0, 3.0)  # s; the first try and every fourth, for very long lines
 
@@ -1800,6 +1829,9 @@ class Fleet:
         self.homes: dict[Connection, Upstream] = {}
         self._strategy = strategy
         self._connect = connect
+        # Those that take turns are all wanted.
+        in_turn = strategy in ("round-robin", "random")
+        self._warm = len(endpoints) if in_turn else self.WARM
         self._turn = 0  # of round-robin
 
     def ranking(self, now: float, exchange: Exchange | None = None) -> list[Connection]:
@@ -1836,7 +1868,9 @@ class Fleet:
     def dial(self, plan: Plan, upstream: Upstream, now: float, urgent: bool) -> bool:
         """Begin a connection, unless one is on its way or it is too early."""
         retry_at = upstream.health.urgent_at if urgent else upstream.health.retry_at
-        if upstream.connecting or now < retry_at:
+        # A dial that is stuck does not keep the upstream out once it is back.
+        stuck = now - upstream.dialed_at >= upstream.STUCK
+        if (upstream.connecting and not stuck) or now < retry_at:
             return False
         shared = [c for c in upstream.connections if c.alone is None]
         if len(shared) >= upstream.MAX_CONNECTIONS:
@@ -1844,14 +1878,22 @@ class Fleet:
             if not spare:
                 return False
             plan.closes.append(spare[0])
-        upstream.dialed_at = now
-        self._begin(plan, upstream, None)
+        self._begin(plan, upstream, None, now)
         return True
 
-    def dial_alone(self, plan: Plan, exchange: Exchange, now: float) -> None:
-        """Begin a connection for this exchange alone, another upstream each time."""
-        usable = [u for u in self.upstreams if not u.health.down(now)] or self.upstreams
-        self._begin(plan, usable[exchange.losses % len(usable)], exchange)
+    def dial_alone(self, plan: Plan, exchange: Exchange, now: float) -> bool:
+        """Begin a connection for this exchange alone, unless it is too early."""
+        ready = [
+            u
+            for u in self.upstreams
+            if now >= u.health.urgent_at and u not in exchange.refused_by
+        ]
+        ready = [u for u in ready if not u.health.failures] or ready
+        ready = [u for u in ready if not u.health.doubtful] or ready
+        if not ready:
+            return False
+        self._begin(plan, ready[exchange.losses % len(ready)], exchange, now)
+        return True
 
     def dial_some(self, plan: Plan, now: float, refused_by: Sequence[Upstream]) -> None:
         """Begin connections wherever that may help a query that waits for one."""
@@ -1870,13 +1912,17 @@ class Fleet:
     def keep_warm(self, plan: Plan, now: float) -> None:
         """Begin connections so that the best upstreams have one ready."""
         ready = [u for u in self.upstreams if u.usable(now)]
-        missing = [u for u in self.upstreams if u not in ready]
-        missing.sort(key=lambda u: (u.health.failures > 0, u.health.latency or 0.0))
-        sure = sum(not u.health.doubtful for u in ready)
-        for upstream in missing:
-            if upstream.health.failures:
+        wanted = self.upstreams
+        if self._strategy != "failover":
+            missing = [u for u in self.upstreams if u not in ready]
+            wanted = ready + sorted(missing, key=lambda u: u.health.latency or 0.0)
+        sure = 0
+        for upstream in wanted:
+            if upstream in ready:
+                sure += not upstream.health.doubtful
+            elif upstream.health.failures:
                 self.dial(plan, upstream, now, urgent=not ready)
-            elif sure < self.WARM:
+            elif sure < self._warm:
                 self.dial(plan, upstream, now, urgent=not ready)
                 sure += 1
 
@@ -1906,9 +1952,12 @@ class Fleet:
             plan.closes.append(connection)
         for upstream in self.upstreams:
             upstream.health.forgive()
-            self._begin(plan, upstream, None)
+            self._begin(plan, upstream, None, now)
 
-    def _begin(self, plan: Plan, upstream: Upstream, alone: Exchange | None) -> None:
+    def _begin(
+        self, plan: Plan, upstream: Upstream, alone: Exchange | None, now: float
+    ) -> None:
+        upstream.dialed_at = now
         connection = self._connect(upstream, alone)
         connection.alone = alone
         upstream.connections.append(connection)
@@ -1946,8 +1995,9 @@ class Dispatcher:
     MAX_COPIES = 8  # of one query
     EXPLORE = 0.02  # share of batches whose first query tells how another upstream does
     ALONE_AFTER = 3  # connections that died with a query before it gets one of its own
+    ACQUITTED = 0.2  # s that a suspect is alone without taking its connection down
     MAX_LOSSES = 6  # connections that one query may take down
-    MAX_ALONE = 4  # connections for single queries at once
+    MAX_ALONE = 16  # connections for single queries at once
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -1962,7 +2012,7 @@ class Dispatcher:
         if not ranked:
             for exchange in exchanges:
                 self._park(plan, exchange, now)
-            return Health.OVERDUE_MAX
+            return Health.OVERDUE_MIN
         chosen = self.fleet.spread(ranked, now)
         if len(ranked) > 1:
             self._explore(plan, ranked[1:], exchanges[0], now)
@@ -1978,19 +2028,28 @@ class Dispatcher:
         for exchange in exchanges:
             if exchange.done:
                 continue
-            if now >= exchange.deadline:
+            if now >= min(exchange.deadline, self._settled_at(exchange)):
                 self._give_up(plan, exchange, "no answer")
                 continue
             left.append(exchange)
             due = min(due, self._hedge(plan, exchange, now), exchange.deadline)
         return left, due
 
+    def _settled_at(self, exchange: Exchange) -> float:
+        """Return when a SERVFAIL in hand is passed on, though others were asked."""
+        if exchange.failure is None:
+            return exchange.deadline
+        return exchange.started + self.CERTAIN * (1 if exchange.live <= 0 else 2)
+
     def opened(self, plan: Plan, connection: Connection, now: float) -> None:
         """Give a new connection what waits for one."""
         upstream = self.fleet.homes[connection]
         upstream.health.opened(connection.round_trip)
         if connection.alone:
-            plan.send(connection, connection.alone, now)
+            if connection.alone.done:
+                plan.closes.append(connection)
+            else:
+                plan.send(connection, connection.alone, now)
             return
         for exchange in list(self.parked):
             if upstream not in exchange.refused_by:
@@ -2038,19 +2097,23 @@ class Dispatcher:
         for exchange in dict.fromkeys(orphans):
             if exchange.done or exchange.live > 0:
                 continue
-            # A connection that was closed here says nothing against the query.
-            exchange.losses += error.cause != "ended"
+            # A connection that was closed here, or that never opened, says nothing
+            # against the query.
+            guilty = error.cause != "ended" and connection.opened_at > 0.0
+            exchange.losses += guilty
+            exchange.suspect |= guilty and exchange.losses >= self.ALONE_AFTER
             if exchange.losses > self.MAX_LOSSES:
                 self._give_up(plan, exchange, f"{error} {exchange.losses} times")
-            elif exchange.losses >= self.ALONE_AFTER:
+            elif exchange.suspect:
+                self.parked.pop(exchange, None)
                 self._lonely.append(exchange)
             else:
                 self._again(plan, exchange, now)
-        self._serve_lonely(plan, now)
         self.review(plan, now)
 
     def review(self, plan: Plan, now: float) -> None:
         """Give up on parked exchanges for which no connection may open soon."""
+        self._serve_lonely(plan, now)
         if not self.parked:
             return
         self.fleet.dial_some(plan, now, ())
@@ -2072,7 +2135,11 @@ class Dispatcher:
     def _hedge(self, plan: Plan, exchange: Exchange, now: float) -> float:
         """Plan another copy if one is due; return when to look again."""
         used = exchange.avoid
-        if used is None or exchange.copies >= self.MAX_COPIES:
+        if exchange.suspect:
+            return self._acquit(plan, exchange, now)
+        if used is None:  # it may be sent any time now
+            return now + Health.OVERDUE_MIN
+        if exchange.copies >= self.MAX_COPIES:
             return exchange.deadline
         home = self.fleet.homes.get(used)
         gap = home.health.overdue_after if home else Health.OVERDUE_MIN
@@ -2081,12 +2148,41 @@ class Dispatcher:
         if since < gap:
             return exchange.sent + gap
         early = since < self.CERTAIN
-        if early and (exchange in self.parked or not self._budget.spend()):
+        if early and exchange in self.parked:
+            return now + Health.OVERDUE_MIN
+        if early and not (self._free(exchange, home, now) or self._budget.spend()):
             return exchange.sent + self.CERTAIN
         self._again(plan, exchange, now)
         if exchange in self.parked and used.is_open and not early:
             plan.send(used, exchange, now)  # no other to be had: the same once more
         return now + gap
+
+    def _free(self, exchange: Exchange, home: Upstream | None, now: float) -> bool:
+        """Tell whether a copy adds no load where it hurts, and needs no budget.
+
+        It does not where the one upstream has gone silent, and another takes over.
+        """
+        used = exchange.avoid
+        if used is None or home is None or not home.silent(used, now):
+            return False
+        ranked = self.fleet.ranking(now, exchange)
+        return bool(ranked) and self.fleet.homes[ranked[0]] is not home
+
+    def _acquit(self, plan: Plan, exchange: Exchange, now: float) -> float:
+        """Let a suspect that is merely slow go back to the others, when to look again.
+
+        It makes room for the next suspect; one that waits its turn gets no copy, as
+        that would take its neighbours down with it.
+        """
+        used = exchange.avoid
+        home = self.fleet.homes.get(used) if used else None
+        if used and home and used.alone is exchange:
+            due = exchange.sent + max(home.health.overdue_after, self.ACQUITTED)
+            if now < due:
+                return due
+            exchange.suspect = False
+            plan.closes.append(used)
+        return now + Health.OVERDUE_MIN
 
     def _park(self, plan: Plan, exchange: Exchange, now: float) -> None:
         self.parked[exchange] = None
@@ -2112,11 +2208,16 @@ class Dispatcher:
 
     def _serve_lonely(self, plan: Plan, now: float) -> None:
         busy = sum(c.alone is not None for c in self.fleet.homes)
-        while self._lonely and busy < self.MAX_ALONE:
-            exchange = self._lonely.popleft()
-            if not exchange.done:
-                self.fleet.dial_alone(plan, exchange, now)
+        waiting, self._lonely = self._lonely, collections.deque()
+        for exchange in waiting:
+            if exchange.done:
+                continue
+            if busy < self.MAX_ALONE and self.fleet.dial_alone(plan, exchange, now):
                 busy += 1
+            elif self.fleet.hopeful(now, exchange.refused_by):
+                self._lonely.append(exchange)
+            else:
+                self._give_up(plan, exchange, "")
 
     def _give_up(self, plan: Plan, exchange: Exchange, text: str) -> None:
         self.parked.pop(exchange, None)
@@ -2181,7 +2282,7 @@ class UpstreamGroup(ConnectionOwner):
         with self._lock:
             plan = Plan()
             self._active_at = now
-            if self._wall() - now - self._offset > self.JUMP:
+            if self._slept_locked(now):
                 self._flush_locked(plan, now)
             patience = self._dispatcher.first(plan, exchanges, now)
             watching, self._watching = self._watching, True
@@ -2274,7 +2375,9 @@ class UpstreamGroup(ConnectionOwner):
             elif error.cause != "ended":
                 report = self._failed_locked(upstream, error, now)
             self._dispatcher.lost(plan, connection, error, orphans, now)
-            if now - self._active_at < self.ACTIVE:
+            # One that was closed at once would be again: leave it to the next look.
+            lived = now - connection.opened_at >= self.ROUND
+            if lived and now - self._active_at < self.ACTIVE:
                 self._fleet.keep_warm(plan, now)
             retry_at = upstream.health.urgent_at
         if report:
@@ -2304,7 +2407,7 @@ class UpstreamGroup(ConnectionOwner):
     ) -> None:
         """Note an idle close, or that it took queries and answered none."""
         if any(not exchange.done for exchange in orphans):
-            upstream.health.doubtful = upstream.health.doubtful or not connection.proved
+            upstream.health.doubtful = True
         elif not orphans and error.cause in ("closed", "reset"):
             upstream.idle.note(now - connection.active_at)
 
@@ -2317,6 +2420,11 @@ class UpstreamGroup(ConnectionOwner):
             return False
         upstream.reported = str(error)
         return True
+
+    def _slept_locked(self, now: float) -> bool:
+        gained = self._wall() - now - self._offset
+        self._offset += min(gained, 0.0)  # the wall clock was set back
+        return gained > self.JUMP
 
     def _flush_locked(self, plan: Plan, now: float) -> None:
         self._offset = self._wall() - now
@@ -2338,7 +2446,7 @@ class UpstreamGroup(ConnectionOwner):
     def _look(self) -> None:
         """Keep connections in order while clients are active; called by the timer."""
         with self._planning() as (plan, now):
-            if self._wall() - now - self._offset > self.JUMP:
+            if self._slept_locked(now):
                 self._flush_locked(plan, now)
             self._fleet.look(plan, now)
             active = now - self._active_at < self.ACTIVE and not self._closed
@@ -2363,8 +2471,12 @@ class UpstreamGroup(ConnectionOwner):
         self._carry_out(plan, now)
 
     def _carry_out(self, plan: Plan, now: float) -> None:
-        for connection in plan.starts:
-            connection.start()
+        for connection in [] if self._closed else plan.starts:
+            try:
+                connection.start()
+            except RuntimeError as error:  # no more threads: as if it could not connect
+                failure = UpstreamError("internal", str(error))
+                self.connection_lost(connection, failure, [])
         for connection, exchanges in plan.sends.items():
             if not connection.send(exchanges, now):  # it closed in the meantime
                 with self._planning() as (again, _):
@@ -2448,6 +2560,11 @@ class Proxy:
     def start(self) -> None:
         """Connect to the upstreams; returns at once."""
         self._group.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many clients' queries wait for an answer: a snapshot."""
+        return self._count
 
     def describe(self) -> list[str]:
         """Return lines that tell the state of the proxy, for the log."""
@@ -2630,16 +2747,16 @@ class Proxy:
             for waiter in exchange.waiters
         ]
         clients = collections.Counter(waiter[0].client for _, waiter in everybody)
-        greedy = clients.most_common(1)[0][0]
+        # In order of age still among clients with equally many.
+        everybody.sort(key=lambda entry: -clients[entry[1][0].client])
         number = self._count - self._max_in_flight + self._max_in_flight // 100
         shed: list[tuple[Query, Reply]] = []
-        for exchange, waiter in everybody:
-            if waiter[0].client == greedy and len(shed) < number:
-                shed.append(waiter)
-                exchange.waiters.remove(waiter)
-                if not exchange.waiters:
-                    exchange.done = True
-                    del self._exchanges[exchange.query.key]
+        for exchange, waiter in everybody[:number]:
+            shed.append(waiter)
+            exchange.waiters.remove(waiter)
+            if not exchange.waiters:
+                exchange.done = True
+                del self._exchanges[exchange.query.key]
         self._count -= len(shed)
         return shed
 
@@ -3135,7 +3252,9 @@ def is_host(text: str) -> bool:
         return True
     labels = text.rstrip(".").split(".")
     return len(text) <= MAX_NAME and all(
-        label.replace("-", "").replace("_", "").isalnum() and label.isascii()
+        label.replace("-", "").replace("_", "").isalnum()
+        and label.isascii()
+        and len(label) < 64
         for label in labels
     )
 
