@@ -374,16 +374,25 @@ def _upstream_opt(length: int, edns_flags: int, options: bytes) -> bytes:
     return b"\0" + head + options
 
 
+# Headers without the ID, by the flags that are carried.
+_UPSTREAM_HEADS = {
+    rd | cd | z: HEADER.pack(0, rd | cd | z | AD, 1, 0, 0, 1)[2:]
+    for rd in (0, RD)
+    for cd in (0, CD)
+    for z in (0, Z)
+}
+
+
 def build_upstream_query(query: Query) -> bytes:
     """Build what goes upstream, without its ID: padded, RD and CD carried, AD set.
 
     AD says that we understand the AD bit of the response (RFC 6840 section 5.7);
     clients that did not say so get the response without it.
     """
+    head = _UPSTREAM_HEADS[query.flags & (RD | CD | Z)]
     question = query.question
-    flags = query.flags & (RD | CD | Z) | AD
     opt = _upstream_opt(12 + len(question), query.edns_flags, query.options)
-    return b"%b\0\1\0\0\0\0\0\1%b%b" % (flags.to_bytes(2, "big"), question, opt)
+    return head + question + opt
 
 
 class Response:
@@ -391,9 +400,10 @@ class Response:
 
     __slots__ = (
         "body",  # the records, as on the wire
-        "counts",  # ANCOUNT, NSCOUNT, ARCOUNT without the OPT record, on the wire
+        "counts",  # ANCOUNT, NSCOUNT, and ARCOUNT without the OPT record
         "flags",
         "longest_ttl",
+        "message",  # as it came; empty for one of our own
         "negative_ttl",  # of an SOA record in the authority section, else None
         "options",  # EDNS options to pass on to clients that speak EDNS
         "rcode",  # with the upper bits of the OPT record
@@ -402,15 +412,16 @@ class Response:
         "upstream_options",  # all of them, for who owns the connection
     )
 
-    def __init__(self, flags: int) -> None:
+    def __init__(self, flags: int, message: bytes = b"") -> None:
         self.flags = flags
+        self.message = message
         self.rcode = flags & RCODE_MASK
         self.ttl: int | None = None
         self.longest_ttl = 0
         self.negative_ttl: int | None = None
         self.options = b""
         self.upstream_options = b""
-        self.counts = bytes(6)
+        self.counts = (0, 0, 0)
         self.body = b""
         self.ttl_offsets: Sequence[int] = ()
 
@@ -433,8 +444,10 @@ def parse_response(message: bytes, end: int) -> Response:
     Raises FormatError. Where records follow the OPT record they are dropped with it:
     the additional section is optional (RFC 2181 section 9), moving names is not safe.
     """
-    _, flags, _, answers, authority, extra = HEADER.unpack_from(message)
-    response = Response(flags)
+    _, flags, questions, answers, authority, extra = HEADER.unpack_from(message)
+    if questions != 1:
+        raise FormatError(f"QDCOUNT {questions}")
+    response = Response(flags, message)
     offset, size, number = end, len(message), -1
     stop, kept = 0, extra
     lowest, highest, offsets = 1 << 32, 0, []
@@ -467,7 +480,7 @@ def parse_response(message: bytes, end: int) -> Response:
     if offset != size:
         raise FormatError("message ends inside or after its last record")
     response.body = message[end : stop or size]
-    response.counts = message[6:10] + kept.to_bytes(2, "big")
+    response.counts = (answers, authority, kept)
     if offsets:
         # The top bit set means 0, RFC 2181 section 8.
         response.ttl = lowest if highest < 1 << 31 else 0
@@ -476,20 +489,16 @@ def parse_response(message: bytes, end: int) -> Response:
     return response
 
 
-def check_response(message: bytes, question: bytes) -> Response:
-    """Parse a response that is one to this very question (RFC 5452 section 9.1).
+def parse_misfit(message: bytes) -> Response:
+    """Parse what is no response to the question that was asked.
 
-    Raises FormatError for any other, the case of a letter included.
+    Only a failure of a bare header passes, as some servers send it; anything else
+    raises FormatError (RFC 5452 section 9.1), for a letter in another case too.
     """
-    if len(message) == MIN_MESSAGE and message[2] >= 0x80:
-        flags = message[2] << 8 | message[3]  # some servers fail with a bare header
-        if flags & RCODE_MASK in FAILURE_RCODES and not any(message[4:]):
-            return Response(flags)
-    if message[2] < 0x80 or message[4:6] != b"\0\1":
-        raise FormatError("no response to one question")
-    if not message.startswith(question, 12):
-        raise FormatError("response to another question")
-    return parse_response(message, 12 + len(question))
+    flags = message[2] << 8 | message[3]
+    if flags & QR and flags & RCODE_MASK in FAILURE_RCODES and not any(message[4:]):
+        return Response(flags)
+    raise FormatError("no response to the question that was asked")
 
 
 # OPT record towards a client, ready for the two usual cases: no options, DO off or on.
@@ -528,17 +537,16 @@ def build_answer(
     opt = _client_opt(
         query, response.rcode, response.options if options is None else options
     )
-    question, counts = query.question, response.counts
+    answers, authority, extra = response.counts
     if body is None:
         body = response.body
-    if 12 + len(question) + len(body) + len(opt) > query.limit:
-        flags, body, counts = flags | TC, b"", bytes(6)
+    if 12 + len(query.question) + len(body) + len(opt) > query.limit:
+        flags, body, answers, authority, extra = flags | TC, b"", 0, 0, 0
         opt = _client_opt(query, response.rcode, b"")
     if opt:
-        extra = (counts[4] << 8 | counts[5]) + 1
-        counts = counts[:4] + extra.to_bytes(2, "big")
-    head = PAIR.pack(query.id, flags)
-    return b"%b\0\1%b%b%b%b" % (head, counts, question, body, opt)
+        extra += 1
+    head = HEADER.pack(query.id, flags, 1, answers, authority, extra)
+    return head + query.question + body + opt
 
 
 def with_ttls(response: Response, change: Callable[[int], int]) -> bytes:
@@ -603,24 +611,24 @@ class CacheEntry:
     __slots__ = (
         "expires",  # when it becomes stale
         "hits",
-        "response",
         "retry_at",  # when it may be asked for again; 0 until it is for the first time
-        "size",  # octets of memory
+        "source",  # the message as it came, or a response of our own
         "stored_at",
     )
 
-    def __init__(self, response: Response, now: float, ttl: float, size: int) -> None:
-        self.response = response
+    def __init__(self, source: bytes | Response, now: float, ttl: float) -> None:
+        self.source = source
         self.stored_at = now
         self.expires = now + ttl
         self.hits = 0
         self.retry_at = 0.0
-        self.size = size
 
     @property
     def failed(self) -> bool:
         """Tell whether it is a failure, which is never served stale."""
-        return self.response.rcode in FAILURE_RCODES
+        source = self.source
+        rcode = source.rcode if isinstance(source, Response) else source[3] & RCODE_MASK
+        return rcode in FAILURE_RCODES
 
     @property
     def prefetch_at(self) -> float:
@@ -628,22 +636,20 @@ class CacheEntry:
         life = self.expires - self.stored_at
         return self.stored_at + life * Cache.PREFETCH_AFTER
 
-    def answer(self, query: Query, now: float) -> bytes:
-        """Build an answer whose TTLs have counted down by whole seconds."""
-        age = int(now - self.stored_at)
-        if not age:
-            return build_answer(query, self.response)
-        body = with_ttls(self.response, lambda ttl: max(0, ttl - age))
-        return build_answer(query, self.response, body)
+    def response(self, query: Query) -> Response:
+        """Parse it for a query with the same question.
 
-    def stale_answer(self, query: Query) -> bytes:
-        """Build an answer from a stale entry that says that it is one."""
-        body = with_ttls(self.response, lambda ttl: Cache.STALE_TTL)
-        info = ExtendedError.STALE_ANSWER
-        if self.response.rcode == Rcode.NXDOMAIN:
-            info = ExtendedError.STALE_NXDOMAIN_ANSWER
-        options = self.response.options + build_option(info, "no upstream answers")
-        return build_answer(query, self.response, body, options)
+        To keep messages and parse them at a hit takes half the memory of responses, and
+        2 us less for an answer that is never asked for again.
+        """
+        if isinstance(self.source, Response):
+            return self.source
+        return parse_response(self.source, 12 + len(query.question))
+
+    def size(self, key: bytes) -> int:
+        """Return about how many octets of memory it takes."""
+        size = len(self.source) if isinstance(self.source, bytes) else 500
+        return Cache.OVERHEAD + len(key) + size
 
 
 class Cache:
@@ -658,7 +664,7 @@ class Cache:
     STALE_AFTER = 1.8  # s that a client waits for a fresh answer, RFC 8767 section 5
     PREFETCH_AFTER = 0.9  # of the life
     POPULAR = 2  # hits from which an entry is prefetched
-    OVERHEAD = 620  # octets of an entry beside its key and records, as measured
+    OVERHEAD = 480  # octets of an entry beside its key and message, as measured
 
     def __init__(
         self,
@@ -712,22 +718,44 @@ class Cache:
         ttl = self._life(response)
         if ttl <= 0 or not self._max_bytes:
             return response
-        if response.longest_ttl > ttl or response.ttl != ttl:
-            response = self._bounded(response)
-        size = self.OVERHEAD + len(key) + len(response.body) + len(response.options)
-        entry = CacheEntry(response, now, ttl, size)
+        entry = CacheEntry(response.message or response, now, ttl)
+        size = entry.size(key)
         with self._lock:
             old = self._entries.pop(key, None)
             if old is not None:
-                self._size -= old.size
+                self._size -= old.size(key)
                 if not old.failed and response.rcode in FAILURE_RCODES:
                     entry = old  # a failure never takes the place of data
+                    size = old.size(key)
             self._entries[key] = entry
-            self._size += entry.size
+            self._size += size
             heapq.heappush(self._expiries, (entry.expires, key))
             if self._size > self._max_bytes:
                 self._shrink_locked(now)
-        return response
+        low, high = self._bounds(response)
+        if low <= (response.ttl or 0) and response.longest_ttl <= high:
+            return response
+        bounded = copy.copy(response)
+        bounded.body = with_ttls(response, lambda ttl: min(max(ttl, low), high))
+        return bounded
+
+    def answer(self, entry: CacheEntry, query: Query, now: float) -> bytes:
+        """Build an answer whose TTLs have counted down by whole seconds."""
+        response = entry.response(query)
+        age = int(now - entry.stored_at)
+        low, high = self._bounds(response)
+        body = with_ttls(response, lambda ttl: max(0, min(max(ttl, low), high) - age))
+        return build_answer(query, response, body)
+
+    def stale_answer(self, entry: CacheEntry, query: Query) -> bytes:
+        """Build an answer from a stale entry that says that it is one."""
+        response = entry.response(query)
+        body = with_ttls(response, lambda ttl: self.STALE_TTL)
+        info = ExtendedError.STALE_ANSWER
+        if response.rcode == NXDOMAIN:
+            info = ExtendedError.STALE_NXDOMAIN_ANSWER
+        options = response.options + build_option(info, "no upstream answers")
+        return build_answer(query, response, body, options)
 
     def flush(self) -> int:
         """Forget everything; return how many entries there were."""
@@ -747,7 +775,7 @@ class Cache:
             return self._fail_ttl
         if response.negative_ttl is not None:
             ttl = min(ttl or 0, response.negative_ttl, self.NEGATIVE_MAX)
-        elif rcode == NXDOMAIN or response.counts[:2] == b"\0\0":
+        elif rcode == NXDOMAIN or not response.counts[0]:
             return 0
         if not ttl or rcode not in (NOERROR, NXDOMAIN):
             return 0
@@ -755,16 +783,12 @@ class Cache:
             return ttl
         return min(max(ttl, self._min_ttl), self._max_ttl)
 
-    def _bounded(self, response: Response) -> Response:
-        """Return the response with its TTLs within the bounds that apply to it."""
+    def _bounds(self, response: Response) -> tuple[int, int]:
+        """Return the bounds of the TTLs that are served."""
         low, high = self._min_ttl, self._max_ttl
         if response.negative_ttl is not None:
             high = min(high, max(low, min(response.negative_ttl, self.NEGATIVE_MAX)))
-        if low <= (response.ttl or 0) and response.longest_ttl <= high:
-            return response
-        bounded = copy.copy(response)
-        bounded.body = with_ttls(response, lambda ttl: min(max(ttl, low), high))
-        return bounded
+        return low, high
 
     def _shrink_locked(self, now: float) -> None:
         while self._size > self._max_bytes:
@@ -783,7 +807,7 @@ class Cache:
         return next(iter(self._entries))
 
     def _remove_locked(self, key: bytes) -> None:
-        self._size -= self._entries.pop(key).size
+        self._size -= self._entries.pop(key).size(key)
 
 
 # ---- Timer and worker threads --------------------------------------------------------
@@ -1409,11 +1433,14 @@ class Connection:
                 return False
             if self.waiting_since is None:
                 self.waiting_since = self.active_at = now
+            ids, frames = self._ids, self._frames
             for exchange in exchanges:
-                ident = self._new_id_locked()
+                ident = ids.pop() if ids else self._more_ids_locked()
+                while ident in pending:
+                    ident = ids.pop() if ids else self._more_ids_locked()
                 pending[ident] = (exchange, now)
                 wire = exchange.wire
-                self._frames.append(PAIR.pack(len(wire) + 2, ident) + wire)
+                frames.append(PAIR.pack(len(wire) + 2, ident) + wire)
             if self._flushing or self._stalled:
                 return True
             self._flushing = True
@@ -1515,7 +1542,11 @@ class Connection:
         answers: list[Answer] = []
         try:
             for (exchange, sent), message in zip(found, messages):
-                response = check_response(message, exchange.query.question)
+                question = exchange.query.question
+                if message[2] < 0x80 or not message.startswith(question, 12):
+                    response = parse_misfit(message)
+                else:
+                    response = parse_response(message, 12 + len(question))
                 answers.append((exchange, response, now - sent))
         except FormatError as error:
             orphans = found[len(answers) :]
@@ -1539,13 +1570,10 @@ class Connection:
         self._line.close()
         return orphans
 
-    def _new_id_locked(self) -> int:
-        while True:
-            if not self._ids:  # one system call for 512 IDs
-                self._ids = list(struct.unpack("=512H", os.urandom(1024)))
-            ident = self._ids.pop()
-            if ident not in self._pending:
-                return ident
+    def _more_ids_locked(self) -> int:
+        """Draw random IDs: one system call for 512 of them."""
+        self._ids.extend(struct.unpack("=512H", os.urandom(1024)))
+        return self._ids.pop()
 
     def _flush(self) -> None:
         """Write all that has gathered; run by the one thread that set _flushing."""
@@ -1797,12 +1825,19 @@ class Plan:
         self.done: list[Outcome] = []
 
     def send(self, connection: Connection, exchange: Exchange, now: float) -> None:
-        """Have the exchange sent on this connection."""
-        self.sends.setdefault(connection, []).append(exchange)
-        exchange.avoid = connection
-        exchange.sent = now
-        exchange.copies += 1
-        exchange.live += 1
+        """Have a copy of the exchange sent on this connection."""
+        self.send_all(connection, (exchange,), now)
+
+    def send_all(
+        self, connection: Connection, exchanges: Sequence[Exchange], now: float
+    ) -> None:
+        """Have a copy of each exchange sent on this connection."""
+        self.sends.setdefault(connection, []).extend(exchanges)
+        for exchange in exchanges:
+            exchange.avoid = connection
+            exchange.sent = now
+            exchange.copies += 1
+            exchange.live += 1
 
 
 STRATEGIES = ("fastest", "round-robin", "random", "failover")
@@ -2016,8 +2051,8 @@ class Dispatcher:
         chosen = self.fleet.spread(ranked, now)
         if len(ranked) > 1:
             self._explore(plan, ranked[1:], exchanges[0], now)
-        for number, exchange in enumerate(exchanges):
-            plan.send(chosen[number % len(chosen)], exchange, now)
+        for number, connection in enumerate(chosen):
+            plan.send_all(connection, exchanges[number :: len(chosen)], now)
         return self.fleet.homes[chosen[0]].health.overdue_after
 
     def overdue(
@@ -2614,7 +2649,8 @@ class Proxy:
             self._count += len(queries)
             shed = self._shed_locked() if self._count > self._max_in_flight else []
         if shed:
-            answer_all(shed, UpstreamError("overload", "too many queries in flight"))
+            error = UpstreamError("overload", "too many queries in flight")
+            answer_all(shed, failure_response(error))
         for exchange in fresh:
             if exchange.query.stale is not None:
                 serve = functools.partial(self._serve_stale, exchange)
@@ -2638,12 +2674,13 @@ class Proxy:
             if not self._count:
                 self._idle.notify_all()
         for exchange, waiters, outcome in finished:
-            result = self._remember(exchange, outcome, now)
-            if isinstance(result, Response):
-                for query, reply in waiters:
-                    reply(build_answer(query, result))
-            else:
-                answer_all(waiters, result)
+            if not isinstance(outcome, Response) or outcome.rcode in FAILURE_RCODES:
+                self._fail(exchange, waiters, outcome, now)
+                continue
+            query = exchange.query
+            if query.key == query.cache_key:
+                outcome = self._cache.put(query.key, outcome, now)
+            answer_all(waiters, outcome)
 
     def flush(self) -> None:
         """Forget every cached answer."""
@@ -2666,7 +2703,7 @@ class Proxy:
         if popular and now >= entry.prefetch_at and not entry.failed:
             entry.retry_at = entry.expires
             self._timer.at(now, functools.partial(self._refresh, query))
-        answer = entry.answer(query, now)
+        answer = self._cache.answer(entry, query, now)
         if not stream:
             self._keep_hot(message[2:], answer[2:], entry, now)
         return answer
@@ -2683,7 +2720,7 @@ class Proxy:
         if now >= entry.retry_at:
             entry.retry_at = now + Cache.STALE_RETRY
             self._timer.at(now, functools.partial(self._refresh, query))
-        return entry.stale_answer(query)
+        return self._cache.stale_answer(entry, query)
 
     def _keep_hot(
         self, question: bytes, answer: bytes, entry: CacheEntry, now: float
@@ -2696,23 +2733,27 @@ class Proxy:
             self._hot = {}
         self._hot[question] = (min(until, entry.expires), answer, entry)
 
-    def _remember(
-        self, exchange: Exchange, outcome: Response | UpstreamError, now: float
-    ) -> Response | UpstreamError | CacheEntry:
-        """Cache an outcome; return what to answer, which may be a stale entry."""
+    def _fail(
+        self,
+        exchange: Exchange,
+        waiters: list[tuple[Query, Reply]],
+        outcome: Response | UpstreamError,
+        now: float,
+    ) -> None:
+        """Answer from a stale entry if there is one, else with the failure."""
         query = exchange.query
-        response = outcome if isinstance(outcome, Response) else None
-        if query.stale and (response is None or response.rcode in FAILURE_RCODES):
+        if query.stale is not None:
             query.stale.retry_at = now + Cache.STALE_RETRY
-            return query.stale
-        if query.key != query.cache_key:
-            return outcome
-        if isinstance(outcome, Response):
-            return self._cache.put(query.key, outcome, now)
-        if outcome.cause == "timeout" and exchange.copies:
-            # Time-outs are dear, and kept as failures are; others fail at once anyway.
-            return self._cache.put(query.key, failure_response(outcome), now)
-        return outcome
+            self._answer_stale(waiters, query.stale)
+            return
+        response = outcome
+        if isinstance(response, UpstreamError):
+            response = failure_response(response)
+        # Failures of the upstream and time-outs are dear; others happen at once again.
+        dear = isinstance(outcome, Response) or outcome.cause == "timeout"
+        if dear and exchange.copies and query.key == query.cache_key:
+            self._cache.put(query.key, response, now)
+        answer_all(waiters, response)
 
     def _serve_stale(self, exchange: Exchange) -> None:
         """Answer from the stale entry who has waited long enough; ask on regardless."""
@@ -2724,7 +2765,13 @@ class Proxy:
         entry = exchange.query.stale
         if waiters and entry is not None:
             entry.retry_at = self._clock() + Cache.STALE_RETRY
-            answer_all(waiters, entry)
+            self._answer_stale(waiters, entry)
+
+    def _answer_stale(
+        self, waiters: Sequence[tuple[Query, Reply]], entry: CacheEntry
+    ) -> None:
+        for query, reply in waiters:
+            reply(self._cache.stale_answer(entry, query))
 
     def _refresh(self, query: Query) -> None:
         """Ask for a cached answer again, with nobody waiting."""
@@ -2766,18 +2813,8 @@ def failure_response(error: UpstreamError) -> Response:
     return error_response(Rcode.SERVFAIL, build_option(error.info, str(error)))
 
 
-def answer_all(
-    waiters: Sequence[tuple[Query, Reply]],
-    outcome: Response | UpstreamError | CacheEntry,
-) -> None:
+def answer_all(waiters: Sequence[tuple[Query, Reply]], response: Response) -> None:
     """Answer everyone who waits."""
-    if isinstance(outcome, CacheEntry):
-        for query, reply in waiters:
-            reply(outcome.stale_answer(query))
-        return
-    response = (
-        failure_response(outcome) if isinstance(outcome, UpstreamError) else outcome
-    )
     for query, reply in waiters:
         reply(build_answer(query, response))
 
