@@ -68,6 +68,7 @@ import math
 import os
 import queue
 import random
+import re
 import select
 import shlex
 import signal
@@ -111,6 +112,7 @@ MIN_MESSAGE = 12  # octets: a header
 MAX_MESSAGE = 65535
 MIN_UDP_SIZE = 512  # what every client takes, RFC 1035 section 4.2.1
 MAX_UDP_SIZE = 1232  # no fragments on any common path, DNS flag day 2020
+MAX_OPTIONS = 4096  # octets of EDNS options to pass on; real ones have a few dozen
 QUERY_BLOCK = 128  # octets that queries are padded to, RFC 8467 section 4.1
 
 
@@ -324,6 +326,8 @@ def _parse_opt(
             options = message[offset - length : offset]
             query.options, dropped = split_options(options, QUERY_OPTIONS_ENDING_HERE)
             query.keepalive = stream and OPTION_KEEPALIVE in dropped
+            if len(query.options) > MAX_OPTIONS:
+                raise FormatError("more options than can be passed on")
     if offset != len(message):
         raise FormatError("octets after the last record")
 
@@ -534,6 +538,8 @@ def build_answer(
     flags = response.flags & ~(RD | AD | CD) | query.flags & (RD | CD)
     if query.flags & AD or query.edns_flags & DO:
         flags |= response.flags & AD
+    if response.rcode > 15 and not query.edns:
+        flags = flags & ~RCODE_MASK | Rcode.SERVFAIL
     opt = _client_opt(
         query, response.rcode, response.options if options is None else options
     )
@@ -560,7 +566,7 @@ def with_ttls(response: Response, change: Callable[[int], int]) -> bytes:
 
 def build_option(info: ExtendedError, text: str) -> bytes:
     """Build an Extended DNS Error option (RFC 8914 section 2)."""
-    reason = text.encode("utf-8", "replace")[:200]
+    reason = text.encode("utf-8", "replace")[:200].decode("utf-8", "ignore").encode()
     data = info.to_bytes(2, "big") + reason
     return PAIR.pack(OPTION_EDE, len(data)) + data
 
@@ -943,6 +949,8 @@ class WorkerPool:
                     self._idle -= 1
                     self._threads.discard(threading.current_thread())
                     return None
+                if self._closed:
+                    self._tasks.put(None)  # it was for when nothing waits
 
 
 # ---- Upstream connections (RFC 7858, RFC 7766, RFC 8310) -----------------------------
@@ -3324,7 +3332,10 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an options file as a shell does."""
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
+        except ValueError as error:
+            self.error(f"{arg_line!r}: {error}")
 
 
 def build_parser() -> Parser:
