@@ -60,6 +60,7 @@ import dataclasses
 import enum
 import errno
 import functools
+import gc
 import heapq
 import ipaddress
 import itertools
@@ -725,25 +726,20 @@ class Cache:
         if ttl <= 0 or not self._max_bytes:
             return response
         entry = CacheEntry(response.message or response, now, ttl)
-        size = entry.size(key)
         with self._lock:
             old = self._entries.pop(key, None)
             if old is not None:
                 self._size -= old.size(key)
                 if not old.failed and response.rcode in FAILURE_RCODES:
                     entry = old  # a failure never takes the place of data
-                    size = old.size(key)
             self._entries[key] = entry
-            self._size += size
+            self._size += entry.size(key)
             heapq.heappush(self._expiries, (entry.expires, key))
             if self._size > self._max_bytes:
                 self._shrink_locked(now)
-        low, high = self._bounds(response)
-        if low <= (response.ttl or 0) and response.longest_ttl <= high:
+        if response.ttl == ttl and response.longest_ttl == ttl:
             return response
-        bounded = copy.copy(response)
-        bounded.body = with_ttls(response, lambda ttl: min(max(ttl, low), high))
-        return bounded
+        return self._bounded(response)
 
     def answer(self, entry: CacheEntry, query: Query, now: float) -> bytes:
         """Build an answer whose TTLs have counted down by whole seconds."""
@@ -775,7 +771,7 @@ class Cache:
     def _life(self, response: Response) -> float:
         """Return for how many seconds a response may be stored, 0 for not at all."""
         ttl, rcode = response.ttl, response.rcode
-        if response.flags & TC:
+        if response.flags & TC:  # RFC 2181 section 9
             return 0
         if rcode in FAILURE_RCODES:
             return self._fail_ttl
@@ -788,6 +784,15 @@ class Cache:
         if self._min_ttl <= ttl <= self._max_ttl:
             return ttl
         return min(max(ttl, self._min_ttl), self._max_ttl)
+
+    def _bounded(self, response: Response) -> Response:
+        """Return the response with the TTLs that are served."""
+        low, high = self._bounds(response)
+        if low <= (response.ttl or 0) and response.longest_ttl <= high:
+            return response
+        bounded = copy.copy(response)
+        bounded.body = with_ttls(response, lambda ttl: min(max(ttl, low), high))
+        return bounded
 
     def _bounds(self, response: Response) -> tuple[int, int]:
         """Return the bounds of the TTLs that are served."""
@@ -3204,7 +3209,7 @@ DEFAULT_UPSTREAMS = tuple(
     Endpoint(host, DOT_PORT, "cloudflare-dns.com")
     for host in ("1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001")
 )
-WORKERS = 4  # threads that parse and send batches; more only wait for each other
+WORKERS = 2  # threads that send batches; 4 cost 10 % more CPU, waking each other
 BACKLOG = 256  # batches of UDP queries that may wait for a worker: about 0.3 s of work
 CLIENT_PATIENCE = 5.0  # s after which glibc's resolver gives up
 
@@ -3630,6 +3635,16 @@ class Daemon:
             server.server_close()
 
 
+def tune_collector() -> None:
+    """Have the garbage collector look less often at a cache of long-lived entries.
+
+    CPU per uncached query 34 us instead of 43, where it was 32 without any collection.
+    What makes garbage in cycles are errors of connections, which are few.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def run(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -3637,6 +3652,7 @@ def run(config: Config) -> int:
     actions = {signal.SIGHUP: daemon.flush, signal.SIGUSR1: daemon.log_state}
     for watched in (signal.SIGTERM, signal.SIGINT, *actions):
         signal.signal(watched, lambda received, _: signals.put(received))
+    tune_collector()
     daemon.start()
     logger.info(
         "ready: listen=%s upstream=%s",

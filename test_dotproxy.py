@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import ast
 import atexit
+import collections
 import contextlib
 import errno
 import functools
 import gc
+import heapq
 import io
 import ipaddress
+import itertools
 import logging
 import os
 import queue
@@ -35,6 +38,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -49,7 +53,23 @@ from typing import TYPE_CHECKING, NamedTuple, Union
 from unittest import mock
 
 import dotproxy
-from dotproxy import Endpoint, FormatError, Rcode
+from dotproxy import (
+    Connection,
+    Dispatcher,
+    Endpoint,
+    Exchange,
+    Fleet,
+    FormatError,
+    Health,
+    HedgeBudget,
+    IdleLife,
+    Plan,
+    Proxy,
+    Rcode,
+    Upstream,
+    UpstreamError,
+    UpstreamGroup,
+)
 
 # ---- Builders ------------------------------------------------------------------------
 # Messages from Python values, and back. The parser is the tests' own: it shares no code
@@ -2243,6 +2263,1621 @@ class ConnectionTest(DotproxyTestCase):
 
             self.assertFalse(connection.send(many, 0.0))
             self.assertEqual(connection.pending, 0)
+
+
+TRUST = dotproxy.Trust(PKI.ca)
+
+# ---- Upstreams without sockets -------------------------------------------------------
+# StubConnection  does what the test says: opens, answers, is lost
+#   StubNetwork   makes them, in place of dotproxy.Connection
+# ManualTimer     calls what is due when the test lets time pass
+
+
+class StubConnection(Connection):
+    """A connection that opens, answers and ends when the test says so."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        trust: dotproxy.Trust = TRUST,
+        owner: dotproxy.ConnectionOwner | None = None,
+        *,
+        label: str = "stub",
+        patience: tuple[float, float] = (3.0, 3.0),
+        session: ssl.SSLSession | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.owner = owner or dotproxy.ConnectionOwner()
+        super().__init__(endpoint, trust, self.owner, label=label, clock=clock)
+        self.clock = clock
+        self.waiting: list[tuple[Exchange, float]] = []
+        self.started = self.closed = self.up = False
+        self.may_start = True
+
+    @property
+    def is_open(self) -> bool:
+        return self.up
+
+    @property
+    def pending(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def names(self) -> list[str]:
+        """List the first label of each query that waits."""
+        questions = [exchange.query.question for exchange, _ in self.waiting]
+        return [question[1 : 1 + question[0]].decode() for question in questions]
+
+    def start(self) -> None:
+        if not self.may_start:
+            raise RuntimeError("can't start new thread")
+        self.started = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def send(self, exchanges: Sequence[Exchange], now: float) -> bool:
+        if self.up:
+            self.waiting += [(exchange, now) for exchange in exchanges]
+            if self.waiting_since is None:
+                self.waiting_since = self.active_at = now
+        return self.up
+
+    def open(self, round_trip: float = 0.01) -> StubConnection:
+        """Succeed to connect."""
+        self.opened_at = self.active_at = self.clock()
+        self.round_trip = round_trip
+        self.up = True
+        self.owner.connection_opened(self)
+        return self
+
+    def answer(self, rcode: int = 0) -> None:
+        """Answer all that waits."""
+        now = self.clock()
+        waiting, self.waiting = self.waiting, []
+        self.waiting_since, self.active_at = None, now
+        answers = [
+            (exchange, respond(exchange, rcode), now - sent)
+            for exchange, sent in waiting
+        ]
+        self.owner.connection_answered(self, answers, now)
+
+    def lose(self, cause: str = "reset") -> None:
+        """Be gone."""
+        self.up = False
+        orphans = [exchange for exchange, _ in self.waiting]
+        self.waiting = []
+        error = UpstreamError("ended" if self.closed else cause, cause)
+        self.owner.connection_lost(self, error, orphans)
+
+
+def respond(exchange: Exchange, rcode: int = 0) -> dotproxy.Response:
+    message = response(
+        b"\0\0" + exchange.wire, *[] if rcode else ["192.0.2.1"], rcode=rcode
+    )
+    return dotproxy.parse_response(message, 12 + len(exchange.query.question))
+
+
+class ManualTimer(dotproxy.Timer):
+    """A timer without a thread, whose clock the test moves."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self._now = clock
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+
+    def start(self) -> None:
+        pass
+
+    def at(self, when: float, function: Callable[[], None]) -> None:
+        entry = (when + self.TICK, next(self._numbers), function)
+        heapq.heappush(self._heap, entry)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass and call what falls due."""
+        end = self._now() + seconds
+        while self._heap and self._heap[0][0] <= end:
+            when, _, function = heapq.heappop(self._heap)
+            self._now.advance(max(0.0, when - self._now()))
+            function()
+        self._now.advance(end - self._now())
+
+
+def endpoints(count: int) -> list[Endpoint]:
+    return [Endpoint(f"192.0.2.{n}", 853, "dot.test") for n in range(1, count + 1)]
+
+
+def exchanges(count: int, now: float = 1000.0) -> list[Exchange]:
+    return [
+        Exchange(dotproxy.parse_query(query(f"q{number}.example")), now, now + 4.0)
+        for number in range(count)
+    ]
+
+
+class MemoryTestCase(DotproxyTestCase):
+    """Has a clock, and randomness that explores nothing."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        patch = mock.patch.object(random, "random", return_value=1.0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    @property
+    def now(self) -> float:
+        return self.clock()
+
+
+# ---- Health, idle life, budget -------------------------------------------------------
+
+
+class IdleLifeTest(DotproxyTestCase):
+    def test_unknown_life_is_the_common_one(self) -> None:
+        self.assertEqual(IdleLife().usable_for, 8.0)
+
+    def test_one_early_close_may_be_a_restart(self) -> None:
+        idle = IdleLife()
+
+        idle.note(2.0)
+
+        self.assertEqual(idle.life, IdleLife.START)
+
+    def test_second_close_teaches_with_a_margin(self) -> None:
+        idle = IdleLife()
+
+        idle.note(2.0)
+        idle.note(2.1)
+
+        self.assertEqual(idle.life, 2.1)
+        self.assertAlmostEqual(idle.usable_for, 1.68)
+
+    def test_longer_lives_displace_shorter_ones(self) -> None:
+        idle = IdleLife()
+
+        for age in (0.5, 0.5, 9.0, 9.0, 9.0, 9.0):
+            idle.note(age)
+
+        self.assertEqual(idle.life, 9.0)
+
+    def test_told_life_wins_over_seen_ones(self) -> None:
+        idle = IdleLife()
+        idle.note(2.0)
+        idle.note(2.0)
+
+        idle.told = 30.0
+
+        self.assertEqual(idle.usable_for, 24.0)
+
+    def test_restarts_under_load_teach_nothing(self) -> None:
+        idle = IdleLife()
+
+        for _ in range(10):
+            idle.note(0.01)
+
+        self.assertEqual(idle.life, IdleLife.START)
+
+
+class HealthTest(DotproxyTestCase):
+    def failing(self, outage: float, *, worked: bool) -> list[float]:
+        """Return the delays from the last of some failures to the next attempt."""
+        delays = []
+        for _ in range(200):
+            health = Health()
+            health.worked = worked
+            health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
+            health.failed(1000.0 + outage, 1000.0 + outage, health.error)
+            delays.append(health.retry_at - 1000.0 - outage)
+        return delays
+
+    def test_overdue_has_bounds(self) -> None:
+        for latency, bound in ((0.0001, 0.05), (30.0, 1.0)):
+            health = Health()
+
+            health.answered([latency] * 500)
+
+            self.assertEqual(health.overdue_after, bound)
+
+    def test_overdue_is_about_the_95th_percentile(self) -> None:
+        numbers = random.Random(7)
+        latencies = [numbers.uniform(0.1, 0.3) for _ in range(20_000)]
+        health = Health()
+        estimates = []
+        for latency in latencies:
+            health.answered([latency])
+            estimates.append(health.overdue_after)
+
+        typical = statistics.mean(estimates[1000:])
+
+        self.assertAlmostEqual(typical, 0.29, delta=0.03)
+
+    def test_latency_is_smoothed(self) -> None:
+        health = Health()
+        health.opened(0.1)
+
+        health.answered([0.9])
+
+        self.assertAlmostEqual(health.latency or 0.0, 0.2)
+
+    def test_first_retry_of_a_new_upstream_waits_half_a_second(self) -> None:
+        delays = self.failing(0.0, worked=False)
+
+        self.assertGreaterEqual(min(delays), 0.75 * Health.RETRY_MIN)
+        self.assertLessEqual(max(delays), Health.RETRY_MIN)
+
+    def test_retries_have_jitter(self) -> None:
+        self.assertGreater(len(set(self.failing(0.0, worked=False))), 100)
+
+    def test_first_retry_of_one_that_worked_is_at_once(self) -> None:
+        self.assertLessEqual(max(self.failing(0.0, worked=True)), 0.1)
+
+    def test_back_off_is_a_share_of_the_outage(self) -> None:
+        delays = self.failing(100.0, worked=True)
+
+        self.assertGreaterEqual(min(delays), 0.75 * 5.0)
+        self.assertLessEqual(max(delays), 5.0)
+
+    def test_back_off_has_a_limit(self) -> None:
+        self.assertLessEqual(max(self.failing(1e6, worked=True)), Health.RETRY_MAX)
+
+    def test_urgent_retry_stays_at_half_a_second(self) -> None:
+        health = Health()
+        health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
+
+        health.failed(9000.0, 9000.0, health.error)
+
+        self.assertLessEqual(health.urgent_at, 9000.0 + Health.RETRY_MIN)
+
+    def test_one_that_worked_is_down_after_a_grace(self) -> None:
+        health = Health()
+        health.worked = True
+
+        health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
+
+        self.assertFalse(health.down(1000.0 + Health.GRACE - 0.1))
+        self.assertTrue(health.down(1000.0 + Health.GRACE))
+
+    def test_one_that_never_worked_is_down_at_once(self) -> None:
+        health = Health()
+
+        health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
+
+        self.assertTrue(health.down(1000.0))
+
+    def test_open_connection_ends_the_outage_but_not_the_doubt(self) -> None:
+        health = Health()
+        health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
+        health.doubtful = True
+
+        health.opened(0.01)
+
+        self.assertEqual((health.failures, health.retry_at), (0, 0.0))
+        self.assertTrue(health.doubtful)
+
+    def test_answer_on_another_connection_ends_the_outage(self) -> None:
+        health = Health()
+        health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
+
+        health.answered([0.01])
+
+        self.assertFalse(health.down(2000.0))
+
+
+class HedgeBudgetTest(DotproxyTestCase):
+    def spend_all(self, budget: HedgeBudget) -> int:
+        return sum(1 for _ in itertools.takewhile(bool, iter(budget.spend, None)))
+
+    def test_starts_with_a_few(self) -> None:
+        self.assertEqual(self.spend_all(HedgeBudget()), 32)
+
+    def test_earns_a_tenth_of_the_queries(self) -> None:
+        budget = HedgeBudget()
+        self.spend_all(budget)
+
+        for _ in range(201):
+            budget.earn(1)
+
+        self.assertEqual(self.spend_all(budget), 20)
+
+    def test_saves_up_to_a_limit(self) -> None:
+        budget = HedgeBudget()
+
+        budget.earn(10_000)
+
+        self.assertEqual(self.spend_all(budget), 32)
+
+
+# ---- Fleet and Dispatcher ------------------------------------------------------------
+
+
+class FleetTestCase(MemoryTestCase):
+    """Has a fleet of stub connections."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.build()
+
+    def build(self, count: int = 2, strategy: str = "fastest") -> None:
+        self.fleet = Fleet(endpoints(count), strategy, self.connect)
+        self.upstreams = self.fleet.upstreams
+
+    def connect(self, upstream: Upstream, alone: Exchange | None) -> StubConnection:
+        return StubConnection(upstream.endpoint, clock=self.clock)
+
+    def dial(self, upstream: Upstream, *, urgent: bool = True) -> bool:
+        return self.fleet.dial(Plan(), upstream, self.now, urgent)
+
+    def last(self, upstream: Upstream) -> StubConnection:
+        connection = upstream.connections[-1]
+        assert isinstance(connection, StubConnection)
+        return connection
+
+    def open(self, upstream: Upstream, latency: float = 0.01) -> StubConnection:
+        """Have another open connection."""
+        self.dial(upstream)
+        connection = self.last(upstream).open(latency)
+        upstream.health.opened(latency)
+        upstream.health.worked = True
+        return connection
+
+    def open_all(self, *latencies: float) -> list[StubConnection]:
+        return [self.open(u, each) for u, each in zip(self.upstreams, latencies)]
+
+    def ranked(self, exchange: Exchange | None = None) -> list[int]:
+        """List the numbers of the upstreams, the best first."""
+        found = self.fleet.ranking(self.now, exchange)
+        return [self.fleet.homes[connection].index for connection in found]
+
+    def dialed(self, plan: Plan) -> list[int]:
+        return [self.fleet.homes[connection].index for connection in plan.starts]
+
+    def refuse_dial(self, upstream: Upstream) -> None:
+        """Have the connection that is on its way refused."""
+        self.fleet.remove(self.last(upstream))
+        error = UpstreamError("refused", "refused")
+        upstream.health.failed(upstream.dialed_at, self.now, error)
+
+
+class StrategyTest(FleetTestCase):
+    def test_fastest_is_ranked_by_latency(self) -> None:
+        self.build(3)
+
+        self.open_all(0.03, 0.01, 0.02)
+
+        self.assertEqual(self.ranked(), [1, 2, 0])
+
+    def test_fastest_that_never_answered_gets_one_query_at_a_time(self) -> None:
+        first, _ = self.open_all(0.010, 0.011)
+        self.upstreams[0].health.worked = False
+
+        first.send(exchanges(1), self.now)
+
+        self.assertEqual(self.ranked(), [1, 0])
+
+    def test_failover_keeps_the_order_given(self) -> None:
+        self.build(3, "failover")
+
+        self.open_all(0.03, 0.02, 0.01)
+
+        self.assertEqual(self.ranked(), [0, 1, 2])
+
+    def test_round_robin_takes_turns(self) -> None:
+        self.build(3, "round-robin")
+        self.open_all(0.01, 0.02, 0.03)
+        firsts = []
+        for _ in range(6):
+            ranked = self.fleet.ranking(self.now)
+            shared = self.fleet.spread(ranked, self.now)
+            firsts.append(self.fleet.homes[shared[0]].index)
+
+        self.assertEqual(collections.Counter(firsts), {0: 2, 1: 2, 2: 2})
+
+    def test_random_uses_all(self) -> None:
+        self.build(3, "random")
+        self.open_all(0.01, 0.02, 0.03)
+
+        with mock.patch.object(random, "random", random.Random(7).random):
+            firsts = [self.ranked()[0] for _ in range(100)]
+
+        self.assertEqual(set(firsts), {0, 1, 2})
+
+    def test_doubtful_is_last_with_every_strategy(self) -> None:
+        for strategy in dotproxy.STRATEGIES:
+            with self.subTest(strategy):
+                self.build(2, strategy)
+                self.open_all(0.01, 0.02)
+
+                self.upstreams[0].health.doubtful = True
+
+                self.assertEqual(self.ranked(), [1, 0])
+
+    def test_silent_is_last(self) -> None:
+        first, _ = self.open_all(0.01, 0.02)
+        first.send(exchanges(1), self.now)
+
+        self.clock.advance(0.06)
+
+        self.assertEqual(self.ranked(), [1, 0])
+
+    def test_doubtful_gets_no_turn(self) -> None:
+        self.build(3, "round-robin")
+        self.open_all(0.01, 0.02, 0.03)
+        self.upstreams[0].health.doubtful = True
+
+        shared = self.fleet.spread(self.fleet.ranking(self.now), self.now)
+
+        self.assertEqual(len(shared), 2)
+
+    def test_copy_goes_to_another_connection_and_not_to_who_refused(self) -> None:
+        self.build(3)
+        connections = self.open_all(0.01, 0.02, 0.03)
+        exchange = exchanges(1)[0]
+
+        exchange.avoid = connections[0]
+        exchange.refused_by = (self.upstreams[1],)
+
+        self.assertEqual(self.ranked(exchange), [2])
+
+
+class DialTest(FleetTestCase):
+    def test_one_dial_at_a_time(self) -> None:
+        self.assertTrue(self.dial(self.upstreams[0]))
+        self.assertFalse(self.dial(self.upstreams[0]))
+
+    def test_stuck_dial_is_overtaken(self) -> None:
+        self.dial(self.upstreams[0])
+
+        self.clock.advance(0.8)
+
+        self.assertTrue(self.dial(self.upstreams[0]))
+
+    def test_no_dial_before_the_back_off_ends(self) -> None:
+        upstream = self.upstreams[0]
+        self.dial(upstream)
+        self.refuse_dial(upstream)
+
+        self.assertFalse(self.dial(upstream))
+        self.clock.advance(Health.RETRY_MIN)
+        self.assertTrue(self.dial(upstream))
+
+    def test_connections_have_a_limit(self) -> None:
+        upstream = self.upstreams[0]
+        for _ in range(Upstream.MAX_CONNECTIONS):
+            self.open(upstream)
+
+        self.assertFalse(self.dial(upstream))
+
+    def test_lingering_one_makes_room(self) -> None:
+        upstream = self.upstreams[0]
+        opened = [self.open(upstream) for _ in range(Upstream.MAX_CONNECTIONS)]
+        self.clock.advance(9.0)
+        plan = Plan()
+
+        self.assertTrue(self.fleet.dial(plan, upstream, self.now, urgent=True))
+        self.assertEqual(plan.closes, [opened[0]])
+
+    def test_connection_for_one_query_is_not_for_others(self) -> None:
+        self.fleet.dial_alone(Plan(), exchanges(1)[0], self.now)
+
+        self.last(self.upstreams[0]).open()
+
+        self.assertEqual(self.ranked(), [])
+
+    def test_failure_of_a_later_dial_counts_from_then(self) -> None:
+        upstream = self.upstreams[0]
+        self.open(upstream)
+        self.clock.advance(3600.0)
+        for dial in (
+            lambda plan: self.fleet.dial_alone(plan, exchanges(1)[0], self.now),
+            lambda plan: self.fleet.flush(plan, self.now),
+        ):
+            dial(Plan())
+            upstream.health.failing_since = None
+
+            self.refuse_dial(upstream)
+
+            self.assertFalse(upstream.health.down(self.now))
+
+
+class WarmTest(FleetTestCase):
+    def warm(self) -> list[int]:
+        plan = Plan()
+        self.fleet.keep_warm(plan, self.now)
+        return self.dialed(plan)
+
+    def test_two_best_are_kept_warm(self) -> None:
+        self.build(3)
+        self.open_all(0.03, 0.01, 0.02)
+
+        self.clock.advance(9.0)
+
+        self.assertEqual(self.warm(), [1, 2])
+
+    def test_enough_ready_ones_need_no_more(self) -> None:
+        self.build(3)
+
+        self.open_all(0.03, 0.01)
+
+        self.assertEqual(self.warm(), [])
+
+    def test_doubtful_one_does_not_count(self) -> None:
+        self.build(3)
+        self.open_all(0.03, 0.01)
+
+        self.upstreams[0].health.doubtful = True
+
+        self.assertEqual(self.warm(), [2])
+
+    def test_one_that_is_down_is_tried_again(self) -> None:
+        self.build(3)
+        self.open_all(0.01, 0.01)
+        self.dial(self.upstreams[2])
+        self.refuse_dial(self.upstreams[2])
+
+        self.clock.advance(1.0)
+
+        self.assertEqual(self.warm(), [2])
+
+    def test_failover_keeps_the_first_warm_even_if_slow(self) -> None:
+        self.build(3, "failover")
+        self.open_all(0.03, 0.02, 0.01)
+
+        self.clock.advance(9.0)
+
+        self.assertEqual(self.warm(), [0, 1])
+
+    def test_failover_goes_back_to_the_first(self) -> None:
+        self.build(3, "failover")
+        self.open_all(0.03)
+        self.clock.advance(9.0)
+
+        for upstream in self.upstreams[1:]:
+            self.open(upstream)
+
+        self.assertEqual(self.warm(), [0])
+
+    def test_all_that_take_turns_are_kept_warm(self) -> None:
+        for strategy in ("round-robin", "random"):
+            self.build(3, strategy)
+            self.open_all(0.03, 0.02, 0.01)
+
+            self.clock.advance(9.0)
+
+            self.assertEqual(sorted(self.warm()), [0, 1, 2])
+
+
+class LookTest(FleetTestCase):
+    def closes(self) -> list[Connection]:
+        plan = Plan()
+        self.fleet.look(plan, self.now)
+        return plan.closes
+
+    def test_one_idle_connection_is_left_to_the_server(self) -> None:
+        first, second = (self.open(self.upstreams[0]) for _ in range(2))
+
+        self.clock.advance(9.0)
+
+        self.assertFalse(self.fleet.ranking(self.now))
+        self.assertEqual(self.closes(), [second])
+        self.assertTrue(first.is_open)
+
+    def test_lingering_ends_and_teaches(self) -> None:
+        connection = self.open(self.upstreams[0])
+        self.upstreams[0].idle.note(Fleet.LINGER)
+
+        self.clock.advance(Fleet.LINGER)
+
+        self.assertEqual(self.closes(), [connection])
+        self.assertEqual(self.upstreams[0].idle.life, Fleet.LINGER)
+
+    def test_silence_ends_a_connection_and_raises_doubt(self) -> None:
+        connection = self.open(self.upstreams[0])
+        connection.send(exchanges(1), self.now)
+
+        self.clock.advance(Fleet.SILENCE + 0.1)
+
+        self.assertEqual(self.closes(), [connection])
+        self.assertTrue(self.upstreams[0].health.doubtful)
+
+    def test_retired_one_ends_when_it_has_answered(self) -> None:
+        connection = self.open(self.upstreams[0])
+        connection.send(exchanges(1), self.now)
+        connection.retired = True
+
+        self.assertEqual(self.closes(), [])
+        connection.answer()
+        self.assertEqual(self.closes(), [connection])
+
+    def test_flush_replaces_all_and_forgives(self) -> None:
+        opened = self.open_all(0.01, 0.02)
+        self.upstreams[1].health.failed(0.0, self.now, UpstreamError("network", ""))
+        plan = Plan()
+
+        self.fleet.flush(plan, self.now)
+
+        self.assertEqual(plan.closes, opened)
+        self.assertEqual(self.dialed(plan), [0, 1])
+        self.assertEqual(self.upstreams[1].health.failures, 0)
+
+
+class DispatcherTest(FleetTestCase):
+    def build(self, count: int = 2, strategy: str = "fastest") -> None:
+        super().build(count, strategy)
+        self.dispatcher = Dispatcher(self.fleet)
+
+    def first(self, count: int = 1) -> tuple[list[Exchange], Plan]:
+        """Send new exchanges."""
+        asked = exchanges(count, self.now)
+        plan = Plan()
+        self.dispatcher.first(plan, asked, self.now)
+        return asked, self.carry_out(plan)
+
+    def carry_out(self, plan: Plan) -> Plan:
+        for connection, sent in plan.sends.items():
+            connection.send(sent, self.now)
+        for exchange, _ in plan.done:
+            exchange.done = True
+        return plan
+
+    def look(self, asked: Sequence[Exchange], after: float) -> Plan:
+        """Look at what may be overdue, so many seconds later."""
+        self.clock.advance(after)
+        plan = Plan()
+        self.dispatcher.overdue(plan, asked, self.now)
+        return self.carry_out(plan)
+
+    def lose(self, connection: StubConnection, cause: str = "reset") -> Plan:
+        upstream = self.fleet.remove(connection)
+        connection.up = False
+        orphans = [exchange for exchange, _ in connection.waiting]
+        connection.waiting = []
+        error = UpstreamError(cause, cause)
+        if connection.opened_at == 0.0:
+            upstream.health.failed(upstream.dialed_at, self.now, error)
+        plan = Plan()
+        self.dispatcher.lost(plan, connection, error, orphans, self.now)
+        return self.carry_out(plan)
+
+    def refuse(self, connection: StubConnection, asked: Exchange, rcode: int) -> Plan:
+        answer = (asked, respond(asked, rcode), 0.01)
+        plan = Plan()
+        self.dispatcher.refused(plan, connection, [answer], self.now)
+        return self.carry_out(plan)
+
+    def opened(self, connection: StubConnection) -> Plan:
+        plan = Plan()
+        connection.open()
+        self.dispatcher.opened(plan, connection, self.now)
+        return self.carry_out(plan)
+
+    def test_copy_is_sent_when_overdue_and_not_before(self) -> None:
+        _, second = self.open_all(0.01, 0.02)
+        asked, _ = self.first()
+
+        self.assertFalse(self.look(asked, 0.049).sends)
+        self.assertEqual(self.look(asked, 0.002).sends, {second: asked})
+
+    def test_further_copies_come_slower(self) -> None:
+        self.open_all(0.01, 0.01)
+        asked, _ = self.first()
+        self.look(asked, 0.051)
+
+        self.assertFalse(self.look(asked, 0.074).sends)
+        self.assertTrue(self.look(asked, 0.002).sends)
+
+    def test_early_copies_have_a_budget(self) -> None:
+        slow, _ = self.open_all(0.01, 0.02)
+        asked, _ = self.first(200)
+        self.clock.advance(0.05)
+        slow.waiting_since = self.now  # octets come in: it is slow, not silent
+        self.clock.advance(-0.05)
+
+        plan = self.look(asked, 0.06)
+
+        self.assertEqual(sum(map(len, plan.sends.values())), 32)
+
+    def test_early_copies_of_a_silent_upstream_need_no_budget(self) -> None:
+        self.open_all(0.01, 0.02)
+        asked, _ = self.first(200)
+
+        plan = self.look(asked, 0.06)
+
+        self.assertEqual(sum(map(len, plan.sends.values())), 200)
+
+    def test_copy_after_a_second_needs_no_budget(self) -> None:
+        self.open_all(0.01, 0.02)
+        asked, _ = self.first(200)
+        self.look(asked, 0.06)
+
+        plan = self.look(asked, 0.95)
+
+        self.assertGreaterEqual(sum(map(len, plan.sends.values())), 168)
+
+    def test_lone_upstream_gets_the_copy_on_another_connection(self) -> None:
+        self.build(1)
+        self.open(self.upstreams[0])
+        asked, _ = self.first()
+        self.look(asked, 0.06)
+
+        plan = self.opened(self.last(self.upstreams[0]))
+
+        self.assertEqual(list(plan.sends.values()), [asked])
+
+    def test_exchange_ends_at_its_deadline(self) -> None:
+        self.open_all(0.01, 0.02)
+        asked, _ = self.first()
+
+        plan = self.look(asked, 4.0)
+
+        self.assertEqual([exchange for exchange, _ in plan.done], asked)
+
+    def test_servfail_asks_another(self) -> None:
+        first, second = self.open_all(0.01, 0.02)
+        asked, _ = self.first()
+
+        plan = self.refuse(first, asked[0], Rcode.SERVFAIL)
+
+        self.assertEqual(plan.sends, {second: asked})
+
+    def test_last_servfail_is_passed_on(self) -> None:
+        first, second = self.open_all(0.01, 0.02)
+        asked, _ = self.first()
+        self.refuse(first, asked[0], Rcode.SERVFAIL)
+
+        plan = self.refuse(second, asked[0], Rcode.REFUSED)
+
+        outcome = plan.done[0][1]
+        assert isinstance(outcome, dotproxy.Response)
+        self.assertEqual(outcome.rcode, Rcode.SERVFAIL)
+
+    def test_servfail_waits_for_the_copy(self) -> None:
+        first, _ = self.open_all(0.01, 0.02)
+        asked, _ = self.first()
+        self.look(asked, 0.06)
+
+        plan = self.refuse(first, asked[0], Rcode.SERVFAIL)
+
+        self.assertFalse(plan.done or plan.sends)
+
+    def test_servfail_does_not_wait_long_for_who_connects(self) -> None:
+        first = self.open(self.upstreams[0])
+        asked, _ = self.first()
+        self.refuse(first, asked[0], Rcode.SERVFAIL)
+
+        self.assertFalse(self.look(asked, 0.9).done)
+        self.assertTrue(self.look(asked, 0.2).done)
+
+    def test_lost_query_goes_out_again(self) -> None:
+        first, second = self.open_all(0.01, 0.02)
+        asked, _ = self.first(3)
+
+        plan = self.lose(first)
+
+        self.assertEqual(plan.sends, {second: asked})
+
+    def test_lost_copy_leaves_the_other_alone(self) -> None:
+        first, _ = self.open_all(0.01, 0.02)
+        asked, _ = self.first()
+        self.look(asked, 0.06)
+
+        self.assertFalse(self.lose(first).sends)
+
+    def lose_three(self) -> list[Exchange]:
+        self.build(1)
+        upstream = self.upstreams[0]
+        self.open(upstream)
+        asked, _ = self.first(2)
+        for _ in range(Dispatcher.ALONE_AFTER - 1):
+            self.lose(self.last(upstream))
+            self.opened(self.last(upstream))
+        self.lose(self.last(upstream))
+        return asked
+
+    def alone(self) -> list[StubConnection]:
+        return [
+            connection
+            for connection in self.upstreams[0].connections
+            if isinstance(connection, StubConnection) and connection.alone
+        ]
+
+    def test_repeated_losses_are_retried_alone(self) -> None:
+        asked = self.lose_three()
+
+        plans = [self.opened(connection) for connection in self.alone()]
+
+        sent = [
+            exchange
+            for plan in plans
+            for each in plan.sends.values()
+            for exchange in each
+        ]
+        self.assertEqual(sent, asked)
+
+    def test_suspect_is_never_sent_beside_others_while_it_waits(self) -> None:
+        asked = self.lose_three()
+        self.open(self.upstreams[0])
+
+        for _ in range(20):
+            self.assertFalse(self.look(asked, 0.05).sends)
+
+    def test_slow_suspect_makes_room(self) -> None:
+        asked = self.lose_three()
+        connection = self.alone()[0]
+        self.opened(connection)
+
+        plan = self.look(asked, 0.21)
+
+        self.assertEqual(plan.closes, [connection])
+
+    def test_killer_is_given_up_after_a_number_of_losses(self) -> None:
+        asked = self.lose_three()
+        done: list[Exchange] = []
+        for _ in range(Dispatcher.MAX_LOSSES + 1 - Dispatcher.ALONE_AFTER):
+            self.assertFalse(done)
+            for connection in self.alone():
+                self.opened(connection)
+                done += [exchange for exchange, _ in self.lose(connection).done]
+
+        self.assertEqual(done, asked)
+
+    def test_failing_dial_is_no_fault_of_the_suspect(self) -> None:
+        asked = self.lose_three()
+
+        for _ in range(20):
+            for connection in self.alone():
+                self.assertFalse(self.lose(connection, "refused").done)
+
+        self.assertEqual(asked[0].losses, Dispatcher.ALONE_AFTER)
+
+    def test_suspects_wait_for_the_back_off(self) -> None:
+        self.lose_three()
+        for connection in self.alone():
+            self.lose(connection, "refused")
+
+        self.assertFalse(self.alone())
+        self.clock.advance(0.1)
+        self.dispatcher.review(Plan(), self.now)
+        self.assertTrue(self.alone())
+
+    def test_parked_query_goes_out_when_a_connection_opens(self) -> None:
+        asked, _ = self.first()
+
+        plan = self.opened(self.last(self.upstreams[1]))
+
+        self.assertEqual(list(plan.sends.values()), [asked])
+        self.assertFalse(self.dispatcher.parked)
+
+    def test_parked_query_waits_while_there_is_hope(self) -> None:
+        self.first()
+
+        plan = self.lose(self.last(self.upstreams[0]), "refused")
+
+        self.assertFalse(plan.done)
+
+    def test_parked_query_is_given_up_without_hope(self) -> None:
+        asked, _ = self.first()
+        self.lose(self.last(self.upstreams[0]), "refused")
+
+        plan = self.lose(self.last(self.upstreams[1]), "refused")
+
+        self.assertEqual([exchange for exchange, _ in plan.done], asked)
+
+    def test_query_fails_at_once_while_all_are_down(self) -> None:
+        self.first()
+        for upstream in self.upstreams:
+            self.lose(self.last(upstream), "refused")
+
+        asked, plan = self.first()
+
+        self.assertEqual([exchange for exchange, _ in plan.done], asked)
+
+    def test_doubtful_upstream_is_probed_with_copies(self) -> None:
+        first, second = self.open_all(0.01, 0.02)
+        self.upstreams[0].health.doubtful = True
+
+        asked, plan = self.first()
+
+        self.assertEqual(plan.sends, {first: asked, second: asked})
+
+
+# ---- UpstreamGroup and Proxy without sockets -----------------------------------------
+
+
+class StubProxyTestCase(MemoryTestCase):
+    """Has a proxy whose connections, clocks and timer the test moves."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.connections: list[StubConnection] = []
+        self.may_start = True
+        patch = mock.patch.object(dotproxy, "Connection", self.connect)
+        patch.start()
+        self.addCleanup(patch.stop)
+        quiet = mock.patch.object(dotproxy.logger, "disabled", True)
+        quiet.start()
+        self.addCleanup(quiet.stop)
+        self.wall = Clock()
+        self.answers: list[Message] = []
+        self.build()
+
+    def build(self, count: int = 1, max_in_flight: int = 10_000) -> None:
+        self.connections.clear()
+        self.timer = ManualTimer(self.clock)
+        group = functools.partial(UpstreamGroup, wall=self.wall)
+        with mock.patch.object(dotproxy, "UpstreamGroup", group):
+            self.proxy = Proxy(
+                endpoints(count),
+                TRUST,
+                self.timer,
+                dotproxy.Cache(0),
+                clock=self.clock,
+                max_in_flight=max_in_flight,
+            )
+
+    def connect(
+        self,
+        endpoint: Endpoint,
+        trust: dotproxy.Trust,
+        owner: dotproxy.ConnectionOwner,
+        *,
+        label: str,
+        patience: tuple[float, float],
+        session: ssl.SSLSession | None,
+        clock: Callable[[], float],
+    ) -> StubConnection:
+        made = StubConnection(
+            endpoint, trust, owner, label=label, patience=patience, clock=clock
+        )
+        made.may_start = self.may_start
+        self.connections.append(made)
+        return made
+
+    def ask(self, *names: str, client: str = "192.0.2.200") -> None:
+        batch: list[tuple[dotproxy.Query, dotproxy.Reply]] = []
+        for name in names:
+            asked = dotproxy.parse_query(query(name, do=False))
+            asked.client = client
+            batch.append((asked, self.reply))
+        self.proxy.resolve(batch)
+
+    def reply(self, message: bytes) -> None:
+        self.answers.append(parse(message))
+
+    @property
+    def in_flight(self) -> str:
+        return self.proxy.describe()[0]
+
+    def advance(self, seconds: float) -> None:
+        self.wall.advance(seconds)
+        self.timer.advance(seconds)
+
+
+class ProxyTest(StubProxyTestCase):
+    def test_equal_questions_go_upstream_once(self) -> None:
+        self.proxy.start()
+        connection = self.connections[0].open()
+
+        self.ask("a.example", "A.example")
+        self.ask("a.example", client="192.0.2.201")
+
+        self.assertEqual(connection.pending, 1)
+        connection.answer()
+        self.assertEqual(len(self.answers), 3)
+
+    def test_second_answer_is_dropped(self) -> None:
+        self.proxy.start()
+        connection = self.connections[0].open()
+        self.ask("a.example")
+        again = connection.waiting[0]
+
+        connection.answer()
+        connection.waiting = [again]
+        connection.answer()
+
+        self.assertEqual(len(self.answers), 1)
+        self.assertEqual(self.proxy.in_flight, 0)
+
+    def test_question_can_be_asked_again(self) -> None:
+        self.proxy.start()
+        connection = self.connections[0].open()
+        for _ in range(3):
+            self.ask("a.example")
+            connection.answer()
+
+        self.assertEqual(len(self.answers), 3)
+
+    def test_everybody_gets_servfail_at_the_deadline(self) -> None:
+        self.proxy.start()
+        self.connections[0].open()
+        self.ask("a.example", "a.example", "b.example")
+
+        self.advance(4.1)
+
+        self.assertEqual([m.rcode for m in self.answers], [Rcode.SERVFAIL] * 3)
+
+    def test_connecting_for_ever_ends_at_the_deadline(self) -> None:
+        self.ask("a.example")
+
+        self.advance(4.1)
+
+        self.assertEqual([m.rcode for m in self.answers], [Rcode.SERVFAIL])
+
+    def test_busiest_client_loses_its_oldest(self) -> None:
+        self.build(max_in_flight=10)
+        self.ask("one.example", client="192.0.2.1")
+        self.ask(*[f"n{number}.example" for number in range(9)])
+
+        self.ask("two.example", client="192.0.2.2")
+
+        self.assertEqual([m.qname for m in self.answers], ["n0.example"])
+        self.assertEqual(self.answers[0].rcode, Rcode.SERVFAIL)
+
+    def test_bound_holds_with_one_query_per_client(self) -> None:
+        self.build(max_in_flight=100)
+        batch: list[tuple[dotproxy.Query, dotproxy.Reply]] = []
+        for number in range(300):
+            asked = dotproxy.parse_query(query(f"n{number}.example"))
+            asked.client = f"2001:db8::{number}"
+            batch.append((asked, self.reply))
+
+        for start in range(0, 300, 50):
+            self.proxy.resolve(batch[start : start + 50])
+
+        self.assertEqual(len(self.answers), 201)
+        self.assertEqual(self.proxy.in_flight, 99)
+
+    def test_shed_question_can_be_asked_again(self) -> None:
+        self.build(max_in_flight=1)
+        self.ask("a.example", "b.example")
+
+        self.ask("a.example")
+
+        self.advance(4.1)
+        self.assertEqual(len(self.answers), 3)
+        self.assertEqual(self.proxy.in_flight, 0)
+
+    def test_refuser_is_doubted_until_it_answers(self) -> None:
+        self.build(2)
+        self.proxy.start()
+        first, second = (connection.open() for connection in self.connections)
+        self.ask("a.example")
+        first.answer(Rcode.SERVFAIL)
+
+        second.answer()
+
+        self.assertEqual(self.answers[0].rcode, 0)
+        self.assertIn("state=doubtful", self.proxy.describe()[1])
+        self.ask("b.example")
+        first.answer()
+        self.assertIn("state=up", self.proxy.describe()[1])
+
+    def test_loss_with_queries_prefers_the_other(self) -> None:
+        self.build(2)
+        self.proxy.start()
+        first, second = (connection.open() for connection in self.connections)
+        self.ask("a.example")
+        first.answer()
+        self.ask("b.example")
+
+        first.lose()
+
+        self.assertEqual(second.names, ["b"])
+        self.assertIn("state=doubtful", self.proxy.describe()[1])
+
+    def test_clock_jump_flushes_with_the_next_query(self) -> None:
+        self.proxy.start()
+        stale = self.connections[0].open()
+
+        self.wall.advance(UpstreamGroup.JUMP + 1.0)
+        self.ask("a.example")
+
+        self.assertTrue(stale.closed)
+        self.assertEqual(stale.names, [])
+        self.assertEqual(self.connections[1].open().names, ["a"])
+
+    def test_clock_jump_flushes_without_a_query(self) -> None:
+        self.proxy.start()
+        stale = self.connections[0].open()
+
+        self.wall.advance(UpstreamGroup.JUMP + 1.0)
+        self.advance(0.3)
+
+        self.assertTrue(stale.closed)
+
+    def test_clock_jump_replays_what_was_in_flight(self) -> None:
+        self.proxy.start()
+        stale = self.connections[0].open()
+        self.ask("a.example")
+
+        self.wall.advance(UpstreamGroup.JUMP + 1.0)
+        self.ask("b.example")
+        self.connections[1].open()
+        stale.lose()
+
+        self.assertEqual(sorted(self.connections[1].names), ["a", "b"])
+
+    def test_clock_jump_is_seen_after_the_clock_was_set_back(self) -> None:
+        self.proxy.start()
+        stale = self.connections[0].open()
+        self.wall.advance(-100.0)
+        self.advance(0.3)
+
+        self.wall.advance(UpstreamGroup.JUMP + 1.0)
+        self.advance(0.3)
+
+        self.assertTrue(stale.closed)
+
+    def test_upstream_that_closes_at_once_is_not_stormed(self) -> None:
+        self.proxy.start()
+        self.advance(1.0)
+
+        for _ in range(100):
+            for connection in self.connections[-1:]:
+                if not connection.opened_at:
+                    connection.open().lose("closed")
+            self.advance(0.01)
+
+        self.assertLess(len(self.connections), 10)
+
+    def test_thread_that_cannot_start_counts_as_a_failed_dial(self) -> None:
+        self.may_start = False
+        self.proxy.start()
+        self.ask("a.example")
+        self.assertEqual(self.answers[0].rcode, Rcode.SERVFAIL)
+
+        self.may_start = True
+        self.advance(1.0)
+        self.ask("b.example")
+        self.connections[-1].open().answer()
+
+        self.assertEqual(self.answers[-1].addresses, ["192.0.2.1"])
+
+    def test_nothing_is_dialed_after_close(self) -> None:
+        self.ask("a.example")
+        self.proxy.close()
+        self.connections[0].lose("ended")
+        before = len(self.connections)
+
+        self.advance(1.0)
+        self.ask("b.example")
+
+        self.assertFalse([c for c in self.connections[before:] if c.started])
+
+    def test_connections_are_let_go_when_clients_are_quiet(self) -> None:
+        self.proxy.start()
+        self.connections[0].open()
+        for _ in range(400):
+            self.advance(0.5)
+            for connection in list(self.connections):
+                if connection.closed and connection.up:
+                    connection.lose("ended")
+                elif connection.started and not connection.opened_at:
+                    connection.open()
+
+        self.assertFalse([c for c in self.connections if c.up])
+
+
+# ---- Scenarios: a real Proxy, a real Timer, TLS on loopback --------------------------
+
+
+class Result(NamedTuple):
+    """An answer, and the seconds that it took."""
+
+    name: str
+    message: Message
+    elapsed: float
+
+    @property
+    def right(self) -> bool:
+        return self.message.rcode == 0 and self.message.addresses == ["192.0.2.1"]
+
+    @property
+    def reason(self) -> str:
+        """The text of the Extended DNS Error."""
+        options = self.message.opt.options if self.message.opt else []
+        return b"".join(data[2:] for code, data in options if code == 15).decode()
+
+
+class Asker:
+    """Asks a proxy directly, and collects its answers."""
+
+    PATIENCE = 5.0
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+
+    def send(self, *names: str, client: str = "192.0.2.200") -> None:
+        """Send queries in one batch, each with EDNS."""
+        batch: list[tuple[dotproxy.Query, dotproxy.Reply]] = []
+        now = time.monotonic()
+        for name in names:
+            asked = dotproxy.parse_query(query(name, do=False))
+            asked.client = client
+            batch.append((asked, functools.partial(self._reply, name, now)))
+        self.proxy.resolve(batch)
+
+    def collect(self, count: int) -> list[Result]:
+        """Wait for so many answers."""
+        end = time.monotonic() + self.PATIENCE
+        return [
+            self._results.get(timeout=max(0.01, end - time.monotonic()))
+            for _ in range(count)
+        ]
+
+    def ask(self, name: str = "") -> Result:
+        """Ask one question and wait for the answer; a new one without a name."""
+        self.send(name or self.fresh())
+        return self.collect(1)[0]
+
+    def fresh(self) -> str:
+        """Return a name that was not asked yet."""
+        return f"n{next(self._numbers)}.example"
+
+    def run(self, count: int, rate: float) -> list[Result]:
+        """Send so many queries, so many a second, and wait for all answers."""
+        start = time.monotonic()
+        pace = threading.Event()
+        for number in range(count):
+            pace.wait(max(0.0, start + number / rate - time.monotonic()))
+            self.send(self.fresh())
+        return self.collect(count)
+
+    def _reply(self, name: str, sent: float, message: bytes) -> None:
+        elapsed = time.monotonic() - sent
+        self._results.put(Result(name, parse(message), elapsed))
+
+
+class ScenarioTestCase(DotproxyTestCase):
+    """Has a proxy in front of upstreams, without its servers."""
+
+    @contextlib.contextmanager
+    def client(
+        self,
+        *upstreams: FakeUpstream,
+        timeout: float = 4.0,
+        strategy: str = "fastest",
+        name: str = "dot.test",
+        trust: dotproxy.Trust = TRUST,
+    ) -> Iterator[Asker]:
+        """Run a proxy in front of these upstreams."""
+        timer = dotproxy.Timer()
+        addresses = [Endpoint(u.host, u.port, name) for u in upstreams]
+        proxy = Proxy(
+            addresses,
+            trust,
+            timer,
+            dotproxy.Cache(0),
+            timeout=timeout,
+            strategy=strategy,
+        )
+        timer.start()
+        proxy.start()
+        try:
+            yield Asker(proxy)
+            self.assertTrue(proxy.drain(Asker.PATIENCE))
+            self.assertEqual(proxy.in_flight, 0)
+        finally:
+            proxy.close()
+            timer.close()
+
+    def assert_right(self, results: Sequence[Result], count: int) -> None:
+        wrong = [r for r in results if not r.right]
+        self.assertEqual([(r.name, r.elapsed, r.reason) for r in wrong], [])
+        self.assertEqual(len(results), count)
+
+    def assert_fast(self, results: Sequence[Result]) -> None:
+        elapsed = sorted(result.elapsed for result in results)
+        self.assertLess(elapsed[int(len(elapsed) * 0.95)], 0.3)
+        self.assertLess(elapsed[int(len(elapsed) * 0.99)], 1.0)
+
+
+class FullBacklog:
+    """A listener that answers no SYN: its backlog is full, nobody accepts."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=0)
+        self.host, self.port = self.listener.getsockname()
+        self.fillers = []
+        for _ in range(2):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex((self.host, self.port))
+            self.fillers.append(filler)
+
+    def __enter__(self) -> FullBacklog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self.listener, *self.fillers):
+            each.close()
+
+
+class FaultTest(ScenarioTestCase):
+    """One upstream that does something wrong."""
+
+    def test_client_sees_nothing_of_a_fault_on_the_first_try(self) -> None:
+        for fault in (
+            *(close, cut, reset, short_frame, garbage),
+            *(wrong_id, wrong_question, not_a_response),
+            *(silence, empty_frame, b"\0" * 11, b"\0" * 12),
+        ):
+            with (
+                self.subTest(fault),
+                FakeUpstream(in_turn(fault, answer)) as upstream,
+                self.client(upstream) as client,
+            ):
+                result = client.ask()
+
+                self.assert_right([result], 1)
+                self.assertLess(result.elapsed, 1.0)
+
+    def test_restarts_under_load_lose_nothing(self) -> None:
+        with FakeUpstream() as upstream, self.client(upstream) as client:
+            results = client.run(20, 400)
+            for restart in range(10):
+                client.send(*[client.fresh() for _ in range(10)])
+                upstream.stop(reset=restart % 2 == 0)
+                client.send(*[client.fresh() for _ in range(10)])
+                upstream.start()
+                results += client.run(20, 400) + client.collect(20)
+
+            self.assert_right(results, 420)
+
+    def test_close_after_every_third_query_loses_nothing(self) -> None:
+        def script(message: Message, connection: FakeConnection) -> Reply:
+            return answer if len(connection.queries) % 3 else close
+
+        with FakeUpstream(script) as upstream, self.client(upstream) as client:
+            client.send(*[client.fresh() for _ in range(60)])
+
+            self.assert_right(client.collect(60), 60)
+
+    def test_every_second_query_dropped(self) -> None:
+        numbers = itertools.count()
+
+        def script(message: Message, connection: FakeConnection) -> Reply:
+            return answer if next(numbers) % 2 else silence
+
+        with FakeUpstream(script) as upstream, self.client(upstream) as client:
+            client.send(*[client.fresh() for _ in range(20)])
+            results = client.collect(20)
+
+            self.assert_right(results, 20)
+            self.assertLess(max(result.elapsed for result in results), 1.5)
+
+    def test_neighbours_of_a_poisonous_name_are_answered(self) -> None:
+        script = by_name({"poison.example": reset})
+        names = [f"n{number}.example" for number in range(20)]
+        for place in (0, 10, 20):
+            with (
+                self.subTest(place=place),
+                FakeUpstream(script) as upstream,
+                self.client(upstream) as client,
+            ):
+                client.send(*names[:place], "poison.example", *names[place:])
+                results = client.collect(21)
+
+                good = [r for r in results if r.name != "poison.example"]
+                self.assert_right(good, 20)
+                self.assertLess(upstream.connections, 50)
+
+    def test_slow_handshakes_do_not_let_a_poisonous_name_back(self) -> None:
+        class SlowUpstream(FakeUpstream):
+            def _note_server_name(self, *arguments: object) -> None:
+                threading.Event().wait(0.12)
+
+        script = by_name({"poison.example": reset})
+        with SlowUpstream(script) as upstream, self.client(upstream) as client:
+            client.send("poison.example")
+            results = client.run(200, 200)
+
+            self.assert_right([r for r in results if "poison" not in r.name][:199], 199)
+
+    def test_names_without_an_answer_do_not_delay_others(self) -> None:
+        def script(message: Message, connection: FakeConnection) -> Reply:
+            return silence if message.qname.startswith("never") else answer
+
+        with (
+            FakeUpstream(script) as upstream,
+            self.client(upstream, timeout=1.0) as client,
+        ):
+            usual = statistics.median(r.elapsed for r in client.run(50, 500))
+            threads, descriptors = threading.active_count(), len(os.listdir("/dev/fd"))
+            greedy = Asker(client.proxy)
+            for _ in range(40):
+                greedy.send(*[f"never-{greedy.fresh()}" for _ in range(50)])
+
+            good = client.run(100, 200)
+
+            self.assert_right(good, 100)
+            median = statistics.median(r.elapsed for r in good)
+            self.assertLess(median - usual, 0.05)
+            self.assertLessEqual(threading.active_count(), threads + 2 * 4)
+            self.assertLessEqual(len(os.listdir("/dev/fd")), descriptors + 4 * 4)
+            late = [r.elapsed for r in greedy.collect(2000) if r.elapsed > 1.3]
+            self.assertEqual(late, [])
+
+    def test_outage_of_a_second(self) -> None:
+        with FakeUpstream() as upstream, self.client(upstream) as client:
+            client.ask()
+            upstream.stop()
+            during = Asker(client.proxy).run(10, 10)
+            upstream.start()
+            start = time.monotonic()
+            results = [client.ask()]
+            while not results[-1].right:
+                results.append(client.run(1, 100)[0])
+                self.assertLess(time.monotonic() - start, 1.0)
+
+            self.assertLess(max(r.elapsed for r in during + results), 4.5)
+
+    def test_stuck_dial_does_not_outlast_the_outage(self) -> None:
+        with (
+            FakeUpstream(on_accept="hang") as upstream,
+            self.client(upstream) as client,
+        ):
+            client.send(client.fresh())
+            upstream.wait_for(lambda u: u.connections == 1)
+            upstream.on_accept = "tls"
+
+            results = client.collect(1)
+
+            self.assert_right(results, 1)
+            self.assertLess(results[0].elapsed, 1.1)
+
+    def test_half_open_connection_costs_no_more_than_the_hedge(self) -> None:
+        with FakeUpstream() as upstream, self.client(upstream) as client:
+            client.run(20, 400)
+            stale = set(upstream.live)
+
+            def script(message: Message, connection: FakeConnection) -> Reply:
+                return silence if connection in stale else answer
+
+            upstream.script = script
+            results = client.run(100, 200)
+
+            self.assert_right(results, 100)
+            self.assertLess(max(r.elapsed for r in results), 0.3)
+
+    def test_idle_closes_are_not_noticed(self) -> None:
+        with (
+            FakeUpstream(idle_timeout=0.3) as upstream,
+            self.client(upstream) as client,
+        ):
+            results = []
+            for _ in range(6):
+                results.append(client.ask())
+                seen = upstream.connections
+                used = upstream.queries and upstream.accepted[-1]
+                upstream.wait_for(lambda u, used=used: used.closed)  # type: ignore[misc]
+                upstream.wait_for(
+                    lambda u, seen=seen: (
+                        u.connections > seen  # type: ignore[misc]
+                        and any(c.version and not c.queries for c in u.live)
+                    )
+                )
+
+            self.assert_right(results, 6)
+            self.assertLess(max(r.elapsed for r in results[2:]), 0.04)
+
+    def test_certificate_trouble_is_explained(self) -> None:
+        for certificate, reason in (
+            (PKI.expired, "expired"),
+            (PKI.unknown_ca, "unknown CA"),
+            (PKI.wrong_name, "certificate is for other.test, alias.other.test"),
+        ):
+            with (
+                self.subTest(reason),
+                FakeUpstream(certificate=certificate) as upstream,
+                self.client(upstream) as client,
+            ):
+                result = client.ask()
+
+                self.assertEqual(result.message.rcode, Rcode.SERVFAIL)
+                self.assertIn(reason, result.reason)
+                self.assertEqual(upstream.queries, [])
+
+    def test_refused_connection_is_explained(self) -> None:
+        with FakeUpstream() as upstream:
+            upstream.stop()
+            with self.client(upstream) as client:
+                result = client.ask()
+
+        self.assertIn("connection refused", result.reason)
+        self.assertLess(result.elapsed, 0.5)
+
+    def test_close_does_not_wait_for_who_never_answers(self) -> None:
+        with FakeUpstream(on_accept="hang") as hung, self.full() as full:
+            start = time.monotonic()
+            with self.client(hung, full):
+                hung.wait_for(lambda u: u.connections == 1)
+
+        self.assertLess(time.monotonic() - start, 1.0)
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[FakeUpstream]:
+        """Stand for an upstream whose packets are dropped."""
+        with FullBacklog() as listener:
+            yield FakeUpstream(port=listener.port)
+
+
+class SickUpstreamTest(ScenarioTestCase):
+    """Two upstreams, one of them sick: all answers are right, nearly all are fast."""
+
+    COUNT = 200
+
+    def check(
+        self, sicken: Callable[[FakeUpstream], None], rate: float = 1000.0
+    ) -> None:
+        for start, order in itertools.product((True, False), (1, -1)):
+            with (
+                self.subTest(start=start, order=order),
+                FakeUpstream() as well,
+                FakeUpstream() as sick,
+            ):
+                if start:
+                    sicken(sick)
+                with self.client(*[sick, well][::order]) as client:
+                    results = client.run(20, rate)
+                    if not start:
+                        sicken(sick)
+                    results += client.run(self.COUNT - 20, rate)
+
+                self.assert_right(results, self.COUNT)
+                self.assert_fast(results)
+
+    def test_refusing(self) -> None:
+        self.check(FakeUpstream.stop)
+
+    def test_black_holed(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.stop(reset=True)
+            self.addCleanup(FullBacklog(upstream.port).__exit__)
+
+        self.check(sicken)
+
+    def test_silent_after_the_handshake(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.script = silence
+
+        self.check(sicken, rate=400.0)  # more at once would exceed the hedge budget
+
+    def test_never_finishing_the_handshake(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.on_accept = "hang"
+            upstream.drop_connections()
+
+        self.check(sicken)
+
+    def test_bad_certificate(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.stop()
+            upstream.certificate = PKI.expired
+            upstream.start()
+
+        self.check(sicken)
+
+    def test_servfail(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.script = lambda message, _: response(message.raw, rcode=2)
+
+        self.check(sicken)
+
+    def test_garbage(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.script = garbage
+
+        self.check(sicken)
+
+    def test_not_tls_at_all(self) -> None:
+        def sicken(upstream: FakeUpstream) -> None:
+            upstream.on_accept = "garbage"
+            upstream.drop_connections()
+
+        self.check(sicken)
 
 
 # ---- Servers -------------------------------------------------------------------------
