@@ -253,51 +253,29 @@ def skip_name(message: bytes, offset: int) -> int:
     return offset + 1
 
 
-def parse_query(message: bytes, stream: bool = False) -> Query:
-    """Parse a message of at least 12 octets with QR=0; `stream`: it came over TCP.
-
-    Raises FormatError with the RCODE to answer: FORMERR, or NOTIMP for an opcode other
-    than QUERY. Zone transfers and EDNS versions above 0 parse, with a `refusal`.
-    """
-    ident, flags, questions, answers, authority, extra = HEADER.unpack_from(message)
-    if flags & OPCODE_MASK:
-        raise FormatError(f"opcode {flags >> 11 & 15}", Rcode.NOTIMP)
-    if questions != 1:
-        raise FormatError(f"QDCOUNT {questions}")
-    end = end_of_question(message)
-    question = message[12:end]
-    query = Query(ident, flags, question, MAX_MESSAGE if stream else MIN_UDP_SIZE)
-    if message[end - 4] == 0 and message[end - 3] in (TYPE_IXFR, TYPE_AXFR):
-        query.refusal = Rcode.REFUSED
-    elif answers or authority:
-        raise FormatError("records in the answer or authority section of a query")
-    elif extra:
-        _parse_opt(query, message, end, extra, stream)
-    elif len(message) != end:
-        raise FormatError("octets after the question")
-    _set_keys(query)
-    return query
+def split_options(options: bytes, ending: frozenset[int]) -> tuple[bytes, list[int]]:
+    """Return the options whose code is not in `ending`, and the codes that are."""
+    passed, dropped, offset = [], [], 0
+    while offset < len(options):
+        if offset + 4 > len(options):
+            raise FormatError("EDNS option past the end")
+        code, length = PAIR.unpack_from(options, offset)
+        end = offset + 4 + length
+        if end > len(options):
+            raise FormatError(f"EDNS option of {length} octets past the end")
+        if code in ending:
+            dropped.append(code)
+        else:
+            passed.append(options[offset:end])
+        offset = end
+    return b"".join(passed), dropped
 
 
-KEY_BITS = {bits: bytes([bits]) for bits in (0, 1, CD, CD | 1)}  # CD, and DO as 1
-
-
-def _set_keys(query: Query) -> None:
-    """Set the keys: most queries have one for both the cache and what is in flight.
-
-    AD is not part of it: it is asked for always, and taken out for clients that did not
-    ask. With RD=0 an answer is taken from the cache but not put there.
-    """
-    question, flags, edns_flags = query.question, query.flags, query.edns_flags
-    # Lengths of labels are below "A", so lower() changes letters only.
-    bits = KEY_BITS[flags & CD | edns_flags >> 15]
-    query.key = question[:-4].lower() + question[-4:] + bits
-    plain = not (flags & Z or query.options or edns_flags & ~DO)
-    if plain:
-        query.cache_key = query.key
-    if not (plain and flags & RD):
-        more = PAIR.pack(flags & (RD | Z), edns_flags)
-        query.key += more + query.options
+# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or
+# of the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
+OPTIONS_ENDING_HERE = frozenset(
+    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
+)
 
 
 def _parse_opt(
@@ -325,7 +303,7 @@ def _parse_opt(
             query.limit = max(MIN_UDP_SIZE, min(size, MAX_UDP_SIZE))
         if length:
             options = message[offset - length : offset]
-            query.options, dropped = split_options(options, QUERY_OPTIONS_ENDING_HERE)
+            query.options, dropped = split_options(options, OPTIONS_ENDING_HERE)
             query.keepalive = stream and OPTION_KEEPALIVE in dropped
             if len(query.options) > MAX_OPTIONS:
                 raise FormatError("more options than can be passed on")
@@ -333,29 +311,51 @@ def _parse_opt(
         raise FormatError("octets after the last record")
 
 
-# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or
-# of the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
-QUERY_OPTIONS_ENDING_HERE = frozenset(
-    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
-)
+KEY_BITS = {bits: bytes([bits]) for bits in (0, 1, CD, CD | 1)}  # CD, and DO as 1
 
 
-def split_options(options: bytes, ending: frozenset[int]) -> tuple[bytes, list[int]]:
-    """Return the options whose code is not in `ending`, and the codes that are."""
-    passed, dropped, offset = [], [], 0
-    while offset < len(options):
-        if offset + 4 > len(options):
-            raise FormatError("EDNS option past the end")
-        code, length = PAIR.unpack_from(options, offset)
-        end = offset + 4 + length
-        if end > len(options):
-            raise FormatError(f"EDNS option of {length} octets past the end")
-        if code in ending:
-            dropped.append(code)
-        else:
-            passed.append(options[offset:end])
-        offset = end
-    return b"".join(passed), dropped
+def _set_keys(query: Query) -> None:
+    """Set the keys: most queries have one for both the cache and what is in flight.
+
+    AD is not part of it: it is asked for always, and taken out for clients that did not
+    ask. With RD=0 an answer is taken from the cache but not put there.
+    """
+    question, flags, edns_flags = query.question, query.flags, query.edns_flags
+    # Lengths of labels are below "A", so lower() changes letters only.
+    bits = KEY_BITS[flags & CD | edns_flags >> 15]
+    query.key = question[:-4].lower() + question[-4:] + bits
+    plain = not (flags & Z or query.options or edns_flags & ~DO)
+    if plain:
+        query.cache_key = query.key
+    if not (plain and flags & RD):
+        more = PAIR.pack(flags & (RD | Z), edns_flags)
+        query.key += more + query.options
+
+
+def parse_query(message: bytes, stream: bool = False) -> Query:
+    """Parse a message of at least 12 octets with QR=0; `stream`: it came over TCP.
+
+    Raises FormatError with the RCODE to answer: FORMERR, or NOTIMP for an opcode other
+    than QUERY. Zone transfers and EDNS versions above 0 parse, with a `refusal`.
+    """
+    ident, flags, questions, answers, authority, extra = HEADER.unpack_from(message)
+    if flags & OPCODE_MASK:
+        raise FormatError(f"opcode {flags >> 11 & 15}", Rcode.NOTIMP)
+    if questions != 1:
+        raise FormatError(f"QDCOUNT {questions}")
+    end = end_of_question(message)
+    question = message[12:end]
+    query = Query(ident, flags, question, MAX_MESSAGE if stream else MIN_UDP_SIZE)
+    if message[end - 4] == 0 and message[end - 3] in (TYPE_IXFR, TYPE_AXFR):
+        query.refusal = Rcode.REFUSED
+    elif answers or authority:
+        raise FormatError("records in the answer or authority section of a query")
+    elif extra:
+        _parse_opt(query, message, end, extra, stream)
+    elif len(message) != end:
+        raise FormatError("octets after the question")
+    _set_keys(query)
+    return query
 
 
 def find_option(options: bytes, wanted: int) -> bytes | None:
@@ -431,16 +431,11 @@ class Response:
         self.ttl_offsets: Sequence[int] = ()
 
 
-RESPONSE_OPTIONS_ENDING_HERE = frozenset(
-    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
-)
-
-
 def _read_response_options(response: Response, options: bytes) -> None:
     if not options:
         return
     response.upstream_options = options
-    response.options, _ = split_options(options, RESPONSE_OPTIONS_ENDING_HERE)
+    response.options, _ = split_options(options, OPTIONS_ENDING_HERE)
 
 
 def parse_response(message: bytes, end: int) -> Response:
@@ -455,7 +450,7 @@ def parse_response(message: bytes, end: int) -> Response:
     response = Response(flags, message)
     offset, size, number = end, len(message), -1
     stop, kept = 0, extra
-    lowest, highest, offsets = 1 << 32, 0, []
+    ttls, offsets = [], []
     try:
         for number in range(answers + authority + extra):
             start = offset
@@ -473,10 +468,7 @@ def parse_response(message: bytes, end: int) -> Response:
                 _read_response_options(response, message[offset - length : offset])
             elif not stop:
                 offsets.append(offset - length - 6 - end)
-                if ttl < lowest:
-                    lowest = ttl
-                if ttl > highest:
-                    highest = ttl
+                ttls.append(ttl)
                 if rrtype == TYPE_SOA and number >= answers and length >= 20:
                     minimum = int.from_bytes(message[offset - 4 : offset], "big")
                     response.negative_ttl = min(ttl, minimum)
@@ -488,8 +480,8 @@ def parse_response(message: bytes, end: int) -> Response:
     response.counts = (answers, authority, kept)
     if offsets:
         # The top bit set means 0, RFC 2181 section 8.
-        response.ttl = lowest if highest < 1 << 31 else 0
-        response.longest_ttl = highest
+        response.longest_ttl = max(ttls)
+        response.ttl = min(ttls) if response.longest_ttl < 1 << 31 else 0
         response.ttl_offsets = tuple(offsets)
     return response
 
@@ -615,6 +607,9 @@ def answerable(message: bytes) -> bool:
 class CacheEntry:
     """A stored response, and how it is used."""
 
+    OVERHEAD = 480  # octets of an entry beside its key and message, as measured
+    PREFETCH_AFTER = 0.9  # of the life
+
     __slots__ = (
         "expires",  # when it becomes stale
         "hits",
@@ -641,7 +636,7 @@ class CacheEntry:
     def prefetch_at(self) -> float:
         """Return from when on it is refreshed if it is popular."""
         life = self.expires - self.stored_at
-        return self.stored_at + life * Cache.PREFETCH_AFTER
+        return self.stored_at + life * self.PREFETCH_AFTER
 
     def response(self, query: Query) -> Response:
         """Parse it for a query with the same question.
@@ -656,7 +651,7 @@ class CacheEntry:
     def size(self, key: bytes) -> int:
         """Return about how many octets of memory it takes."""
         size = len(self.source) if isinstance(self.source, bytes) else 500
-        return Cache.OVERHEAD + len(key) + size
+        return self.OVERHEAD + len(key) + size
 
 
 class Cache:
@@ -669,9 +664,7 @@ class Cache:
     STALE_TTL = 30  # s, RFC 8767 section 4
     STALE_RETRY = 30.0  # s after a failed refresh until the next, RFC 8767 section 5
     STALE_AFTER = 1.8  # s that a client waits for a fresh answer, RFC 8767 section 5
-    PREFETCH_AFTER = 0.9  # of the life
     POPULAR = 2  # hits from which an entry is prefetched
-    OVERHEAD = 480  # octets of an entry beside its key and message, as measured
 
     def __init__(
         self,
@@ -1372,13 +1365,100 @@ class Line:
         return failure
 
 
+class Outbox:
+    """What is to be sent on a line: any thread puts, none waits for it to be sent.
+
+    Whoever finds no flush under way becomes the flusher and writes all that has
+    gathered as one TLS write: 47-53 k queries/s against 23-31 k where each query is a
+    write of its own. `choked` is called where the kernel takes no more octets.
+    """
+
+    def __init__(self, line: Line, choked: Callable[[], None]) -> None:
+        self._line = line
+        self._choked = choked
+        self._channel: TLSChannel | None = None
+        self._unsent = b""  # belongs to the flusher
+        self._lock = threading.Lock()  # guards all below
+        self._flushed = threading.Condition(self._lock)  # told when a flush ends
+        self._frames: list[bytes] = []
+        self._reply_due = False  # TLS has something to say of its own
+        self._flushing = False  # some thread is in _flush
+        self._stalled = True  # none may enter it: not open, no room, or broken
+        self._closed = False
+
+    def open(self, channel: TLSChannel) -> None:
+        """Begin to send."""
+        with self._lock:
+            self._channel = channel
+            self._stalled = False
+
+    def put(self, frames: Iterable[bytes], reply_due: bool = False) -> None:
+        """Send these frames, or what TLS has to say, as soon as may be."""
+        with self._lock:
+            self._frames.extend(frames)
+            self._reply_due |= reply_due
+            if self._flushing or self._stalled:
+                return
+            self._flushing = True
+        self._flush()
+
+    def resume(self) -> None:
+        """Go on with the flush that the kernel had no room for."""
+        with self._lock:
+            if self._closed or self._flushing:
+                return
+            self._stalled = False
+            self._flushing = True
+        self._flush()
+
+    def close(self) -> None:
+        """Send nothing any more; returns when no thread is sending."""
+        with self._lock:
+            self._closed = self._stalled = True
+            while self._flushing:
+                self._flushed.wait()
+
+    def _flush(self) -> None:
+        """Write all that has gathered; run by the one thread that set _flushing."""
+        channel = self._channel
+        assert channel is not None
+        while (frames := self._take()) is not None:
+            try:
+                self._unsent += channel.encrypt(b"".join(frames))
+            except (ssl.SSLError, ValueError):
+                self._stall()  # who reads finds the same, and reports it
+                return
+            sent = self._line.send(self._unsent)
+            self._unsent = self._unsent[sent or 0 :]
+            if sent is None or self._unsent:
+                self._stall()
+                if sent is not None:
+                    self._choked()
+                return
+
+    def _take(self) -> list[bytes] | None:
+        """Take what has gathered; None where that is nothing: the flush is over."""
+        with self._lock:
+            frames, self._frames = self._frames, []
+            if frames or self._unsent or self._reply_due:
+                self._reply_due = False
+                return frames
+            self._flushing = False
+            self._flushed.notify()
+            return None
+
+    def _stall(self) -> None:
+        with self._lock:
+            self._stalled = True
+            self._flushing = False
+            self._flushed.notify()
+
+
 class Connection:
     """One TLS connection to an upstream, with many queries in flight.
 
-    One thread connects, shakes hands and reads; any thread may send, none waits for
-    another or for the network. Whoever finds no flush under way becomes the flusher and
-    writes all that has gathered as one TLS write: 47-53 k queries/s against 23-31 k
-    where each query is a write of its own.
+    Its own thread connects, shakes hands and reads; any thread may send, none waits for
+    another or for the network.
     """
 
     MAX_PENDING = 32768  # half of the IDs, so that a random free one is found at once
@@ -1411,17 +1491,12 @@ class Connection:
         self._clock = clock
         self._line = Line(endpoint, trust, clock)
         self._channel: TLSChannel | None = None
-        self._lock = threading.Lock()  # guards all below, but for _unsent
-        self._flushed = threading.Condition(self._lock)  # told when a flush ends
+        self._outbox = Outbox(self._line, self._choked)
+        self._lock = threading.Lock()  # guards all below
         self._pending: dict[int, tuple[Exchange, float]] = {}
-        self._frames: list[bytes] = []
-        self._flushing = False  # some thread is in _flush
-        self._stalled = False  # none may enter it: no room in the kernel, or broken
-        self._reply_due = False  # TLS has something to say of its own
+        self._ids: list[int] = []
         self._open = False
         self._ended = False
-        self._ids: list[int] = []
-        self._unsent = b""  # belongs to the flusher
         self._thread = threading.Thread(target=self._run, name=label, daemon=True)
 
     @property
@@ -1446,7 +1521,7 @@ class Connection:
                 return False
             if self.waiting_since is None:
                 self.waiting_since = self.active_at = now
-            ids, frames = self._ids, self._frames
+            ids, frames = self._ids, []
             for exchange in exchanges:
                 ident = ids.pop() if ids else self._more_ids_locked()
                 while ident in pending:
@@ -1454,20 +1529,12 @@ class Connection:
                 pending[ident] = (exchange, now)
                 wire = exchange.wire
                 frames.append(PAIR.pack(len(wire) + 2, ident) + wire)
-            if self._flushing or self._stalled:
-                return True
-            self._flushing = True
-        self._flush()
+        self._outbox.put(frames)
         return True
 
     def resume(self) -> None:
-        """Go on with the flush that the kernel had no room for."""
-        with self._lock:
-            if not self._open or self._flushing:
-                return
-            self._stalled = False
-            self._flushing = True
-        self._flush()
+        """Go on to send where the kernel had no room for more."""
+        self._outbox.resume()
 
     def close(self) -> None:
         """Close it from any thread; its own thread then reports it lost."""
@@ -1494,6 +1561,7 @@ class Connection:
         try:
             channel, self.round_trip = self._line.open(self._patience, self._session)
             self._channel = channel
+            self._outbox.open(channel)
             self.opened_at = self.active_at = self._clock()
             with self._lock:
                 self._open = not self._ended
@@ -1517,7 +1585,7 @@ class Connection:
                 self.waiting_since = now
             plaintext, failure, due = channel.decrypt(octets)
             if due:
-                self._flush_tls()
+                self._outbox.put((), reply_due=True)
             messages, buffer = split_frames(buffer + plaintext)
             if messages:
                 answers, misfit = self._match(messages, now)
@@ -1527,14 +1595,6 @@ class Connection:
                 raise failure
             if len(buffer) >= 2 and buffer[0] == 0 and buffer[1] < MIN_MESSAGE:
                 raise UpstreamError("garbage", f"message of {buffer[1]} octets")
-
-    def _flush_tls(self) -> None:
-        with self._lock:
-            self._reply_due = True
-            if self._flushing or self._stalled:
-                return
-            self._flushing = True
-        self._flush()
 
     def _match(
         self, messages: list[bytes], now: float
@@ -1572,52 +1632,21 @@ class Connection:
         """Close the socket, once no other thread can be using it."""
         with self._lock:
             self._open = False
-            self._stalled = True
-            while self._flushing:
-                self._flushed.wait()
             orphans = [exchange for exchange, _ in self._pending.values()]
             self._pending = {}
-            self._frames = []
+        self._outbox.close()
         if self._channel is not None:
             self._line.shut(self._channel.farewell())
         self._line.close()
         return orphans
 
+    def _choked(self) -> None:
+        self._owner.connection_choked(self)
+
     def _more_ids_locked(self) -> int:
         """Draw random IDs: one system call for 512 of them."""
         self._ids.extend(struct.unpack("=512H", os.urandom(1024)))
         return self._ids.pop()
-
-    def _flush(self) -> None:
-        """Write all that has gathered; run by the one thread that set _flushing."""
-        channel = self._channel
-        assert channel is not None
-        while True:
-            with self._lock:
-                frames, self._frames = self._frames, []
-                if not (frames or self._unsent or self._reply_due):
-                    self._flushing = False
-                    self._flushed.notify()
-                    return
-                self._reply_due = False
-            try:
-                self._unsent += channel.encrypt(b"".join(frames))
-            except (ssl.SSLError, ValueError):
-                self._stall()  # its own thread finds the same, and reports it
-                return
-            sent = self._line.send(self._unsent)
-            self._unsent = self._unsent[sent or 0 :]
-            if sent is None or self._unsent:
-                self._stall()
-                if sent is not None:
-                    self._owner.connection_choked(self)
-                return
-
-    def _stall(self) -> None:
-        with self._lock:
-            self._stalled = True
-            self._flushing = False
-            self._flushed.notify()
 
 
 # ---- Upstreams: health, strategy, retries --------------------------------------------
@@ -1793,6 +1822,38 @@ class Upstream:
         tries = self.health.failures
         first = tries == 0 and not self.health.worked
         return self.PATIENT if first or tries % 4 == 3 else self.QUICK
+
+    def note_failure(self, error: UpstreamError, now: float) -> bool:
+        """Note a connection that did not open; True if the log shall say so."""
+        self.health.failed(self.dialed_at, now, error)
+        if not self.health.down(now) or self.reported == str(error):
+            return False
+        self.reported = str(error)
+        return True
+
+    def note_loss(
+        self,
+        connection: Connection,
+        error: UpstreamError,
+        orphans: list[Exchange],
+        now: float,
+    ) -> None:
+        """Note that a connection closed idle, or with queries unanswered."""
+        if any(not exchange.done for exchange in orphans):
+            self.health.doubtful = True
+        elif not orphans and error.cause in ("closed", "reset"):
+            self.idle.note(now - connection.active_at)
+
+    def describe(self) -> str:
+        """Return a line on how it does, for the log."""
+        health = self.health
+        latency = "-" if health.latency is None else f"{health.latency * 1000:.1f}"
+        state = "down" if health.failures else "doubtful" if health.doubtful else "up"
+        return (
+            f"name={self.endpoint} state={state} latency_ms={latency}"
+            f" overdue_ms={health.overdue_after * 1000:.0f}"
+            f" idle_life_s={self.idle.life:.1f} connections={len(self.connections)}"
+        )
 
     def _fit(self, connection: Connection, now: float) -> bool:
         if not connection.is_open or connection.retired or connection.alone:
@@ -2018,6 +2079,22 @@ class Fleet:
         upstream.connections.remove(connection)
         return upstream
 
+    def note_answers(self, upstream: Upstream, good: list[Answer]) -> None:
+        """Note good answers, and who had refused to give them."""
+        upstream.health.answered([latency for _, _, latency in good])
+        for exchange, _, _ in good:
+            if exchange.refused_by:
+                for refuser in exchange.refused_by:
+                    refuser.health.doubtful = refuser is not upstream
+
+    def explain(self, exchange: Exchange, text: str) -> UpstreamError:
+        """Say why an exchange fails: `text`, or what is wrong with the upstreams."""
+        errors = [u.health.error for u in self.upstreams if u.health.failures]
+        worst = errors[0] if errors and not (text and exchange.copies) else None
+        names = ", ".join(str(u.endpoint) for u in self.upstreams[:2])
+        cause = worst.cause if worst else "timeout"
+        return UpstreamError(cause, f"{names}: {worst or text or 'not connected'}")
+
     def _score(self, upstream: Upstream, connection: Connection) -> float:
         if self._strategy == "failover":
             return upstream.index
@@ -2032,6 +2109,57 @@ class Fleet:
         return (health.latency or 0.0) * (1.0 + weight * connection.pending)
 
 
+class Quarantine:
+    """Queries whose connections died again and again: each gets one of its own.
+
+    A poisonous name so takes down nobody else; a name that is merely slow comes back.
+    """
+
+    ACQUITTED = 0.2  # s that a suspect is alone without taking its connection down
+    MAX_ALONE = 16  # connections for single queries at once
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._waiting: collections.deque[Exchange] = collections.deque()
+
+    def admit(self, exchange: Exchange) -> None:
+        """Have the exchange sent alone as soon as there is room."""
+        exchange.suspect = True
+        self._waiting.append(exchange)
+
+    def serve(self, plan: Plan, now: float) -> list[Exchange]:
+        """Begin connections for who waits; return those for whom there is no hope."""
+        busy = sum(c.alone is not None for c in self._fleet.homes)
+        waiting, self._waiting = self._waiting, collections.deque()
+        hopeless = []
+        for exchange in waiting:
+            if exchange.done:
+                continue
+            if busy < self.MAX_ALONE and self._fleet.dial_alone(plan, exchange, now):
+                busy += 1
+            elif self._fleet.hopeful(now, exchange.refused_by):
+                self._waiting.append(exchange)
+            else:
+                hopeless.append(exchange)
+        return hopeless
+
+    def review(self, plan: Plan, exchange: Exchange, now: float) -> float:
+        """Let a suspect that is merely slow go back; return when to look again.
+
+        It makes room for the next suspect; one that waits its turn gets no copy, as
+        that would take its neighbours down with it.
+        """
+        used = exchange.avoid
+        home = self._fleet.homes.get(used) if used else None
+        if used and home and used.alone is exchange:
+            due = exchange.sent + max(home.health.overdue_after, self.ACQUITTED)
+            if now < due:
+                return due
+            exchange.suspect = False
+            plan.closes.append(used)
+        return now + Health.OVERDUE_MIN
+
+
 class Dispatcher:
     """Which exchange goes where and when: first copies, hedges, replays, giving up.
 
@@ -2043,14 +2171,12 @@ class Dispatcher:
     MAX_COPIES = 8  # of one query
     EXPLORE = 0.02  # share of batches whose first query tells how another upstream does
     ALONE_AFTER = 3  # connections that died with a query before it gets one of its own
-    ACQUITTED = 0.2  # s that a suspect is alone without taking its connection down
     MAX_LOSSES = 6  # connections that one query may take down
-    MAX_ALONE = 16  # connections for single queries at once
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.parked: dict[Exchange, None] = {}  # wait for a connection, oldest first
-        self._lonely: collections.deque[Exchange] = collections.deque()
+        self._quarantine = Quarantine(fleet)
         self._budget = HedgeBudget()
 
     def first(self, plan: Plan, exchanges: Sequence[Exchange], now: float) -> float:
@@ -2149,19 +2275,20 @@ class Dispatcher:
             # against the query.
             guilty = error.cause != "ended" and connection.opened_at > 0.0
             exchange.losses += guilty
-            exchange.suspect |= guilty and exchange.losses >= self.ALONE_AFTER
+            suspect = guilty and exchange.losses >= self.ALONE_AFTER
             if exchange.losses > self.MAX_LOSSES:
                 self._give_up(plan, exchange, f"{error} {exchange.losses} times")
-            elif exchange.suspect:
+            elif suspect or exchange.suspect:
                 self.parked.pop(exchange, None)
-                self._lonely.append(exchange)
+                self._quarantine.admit(exchange)
             else:
                 self._again(plan, exchange, now)
         self.review(plan, now)
 
     def review(self, plan: Plan, now: float) -> None:
         """Give up on parked exchanges for which no connection may open soon."""
-        self._serve_lonely(plan, now)
+        for exchange in self._quarantine.serve(plan, now):
+            self._give_up(plan, exchange, "")
         if not self.parked:
             return
         self.fleet.dial_some(plan, now, ())
@@ -2184,7 +2311,7 @@ class Dispatcher:
         """Plan another copy if one is due; return when to look again."""
         used = exchange.avoid
         if exchange.suspect:
-            return self._acquit(plan, exchange, now)
+            return self._quarantine.review(plan, exchange, now)
         if used is None:  # it may be sent any time now
             return now + Health.OVERDUE_MIN
         if exchange.copies >= self.MAX_COPIES:
@@ -2216,22 +2343,6 @@ class Dispatcher:
         ranked = self.fleet.ranking(now, exchange)
         return bool(ranked) and self.fleet.homes[ranked[0]] is not home
 
-    def _acquit(self, plan: Plan, exchange: Exchange, now: float) -> float:
-        """Let a suspect that is merely slow go back to the others, when to look again.
-
-        It makes room for the next suspect; one that waits its turn gets no copy, as
-        that would take its neighbours down with it.
-        """
-        used = exchange.avoid
-        home = self.fleet.homes.get(used) if used else None
-        if used and home and used.alone is exchange:
-            due = exchange.sent + max(home.health.overdue_after, self.ACQUITTED)
-            if now < due:
-                return due
-            exchange.suspect = False
-            plan.closes.append(used)
-        return now + Health.OVERDUE_MIN
-
     def _park(self, plan: Plan, exchange: Exchange, now: float) -> None:
         self.parked[exchange] = None
         self.fleet.dial_some(plan, now, exchange.refused_by)
@@ -2254,30 +2365,37 @@ class Dispatcher:
                 plan.send(connection, exchange, now)
                 return
 
-    def _serve_lonely(self, plan: Plan, now: float) -> None:
-        busy = sum(c.alone is not None for c in self.fleet.homes)
-        waiting, self._lonely = self._lonely, collections.deque()
-        for exchange in waiting:
-            if exchange.done:
-                continue
-            if busy < self.MAX_ALONE and self.fleet.dial_alone(plan, exchange, now):
-                busy += 1
-            elif self.fleet.hopeful(now, exchange.refused_by):
-                self._lonely.append(exchange)
-            else:
-                self._give_up(plan, exchange, "")
-
     def _give_up(self, plan: Plan, exchange: Exchange, text: str) -> None:
         self.parked.pop(exchange, None)
         if exchange.failure is not None:
             plan.done.append((exchange, exchange.failure))
             return
-        errors = [u.health.error for u in self.fleet.upstreams if u.health.failures]
-        worst = errors[0] if errors and not (text and exchange.copies) else None
-        names = ", ".join(str(u.endpoint) for u in self.fleet.upstreams[:2])
-        cause = worst.cause if worst else "timeout"
-        reason = f"{names}: {worst or text or 'not connected'}"
-        plan.done.append((exchange, UpstreamError(cause, reason)))
+        plan.done.append((exchange, self.fleet.explain(exchange, text)))
+
+
+def keepalive_told(response: Response) -> float | None:
+    """Return the idle timeout in s that a response tells (RFC 7828), if it does."""
+    if not response.upstream_options:
+        return None
+    data = find_option(response.upstream_options, OPTION_KEEPALIVE)
+    return int.from_bytes(data, "big") / 10 if data and len(data) == 2 else None
+
+
+class SleepDetector:
+    """Notices that the host slept: the wall clock gained on the monotonic one."""
+
+    JUMP = 5.0  # s; clocks are corrected by less
+
+    def __init__(self, now: float, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._offset = wall() - now
+
+    def passed(self, now: float) -> bool:
+        """Tell whether there was a sleep since it was asked last."""
+        gained = self._wall() - now - self._offset
+        if gained < 0.0 or gained > self.JUMP:  # less than 0: the clock was set back
+            self._offset += gained
+        return gained > self.JUMP
 
 
 class UpstreamGroup(ConnectionOwner):
@@ -2289,7 +2407,6 @@ class UpstreamGroup(ConnectionOwner):
 
     ACTIVE = 60.0  # s after the last query in which connections are kept warm
     ROUND = 0.25  # s between looks at the connections while there are clients
-    JUMP = 5.0  # s that the wall clock gained on the monotonic one: the host slept
 
     def __init__(
         self,
@@ -2306,14 +2423,13 @@ class UpstreamGroup(ConnectionOwner):
         self._timer = timer
         self._complete = complete
         self._clock = clock
-        self._wall = wall
         # Guards all below, and of an exchange whatever is not `waiters` or `done`.
         self._lock = threading.Lock()
         self._fleet = Fleet(endpoints, strategy, self._new_connection)
         self._dispatcher = Dispatcher(self._fleet)
         self._active_at = 0.0
         self._watching = False  # the next look at the connections is planned
-        self._offset = wall() - clock()
+        self._sleep = SleepDetector(clock(), wall)
         self._closed = False
 
     def start(self) -> None:
@@ -2330,8 +2446,8 @@ class UpstreamGroup(ConnectionOwner):
         with self._lock:
             plan = Plan()
             self._active_at = now
-            if self._slept_locked(now):
-                self._flush_locked(plan, now)
+            if self._sleep.passed(now):
+                self._fleet.flush(plan, now)
             patience = self._dispatcher.first(plan, exchanges, now)
             watching, self._watching = self._watching, True
         self._carry_out(plan, now)
@@ -2342,7 +2458,7 @@ class UpstreamGroup(ConnectionOwner):
     def flush(self) -> None:
         """Replace all connections and forget what failed: the network has changed."""
         with self._planning() as (plan, now):
-            self._flush_locked(plan, now)
+            self._fleet.flush(plan, now)
 
     def close(self) -> None:
         """Close all connections and wait for their threads."""
@@ -2357,7 +2473,7 @@ class UpstreamGroup(ConnectionOwner):
     def describe(self) -> list[str]:
         """Return a line for each upstream on how it does, for the log."""
         with self._lock:
-            return [self._describe(upstream) for upstream in self._fleet.upstreams]
+            return [upstream.describe() for upstream in self._fleet.upstreams]
 
     def connection_opened(self, connection: Connection) -> None:
         """Give the new connection what waits for one."""
@@ -2386,7 +2502,7 @@ class UpstreamGroup(ConnectionOwner):
         with self._lock:
             upstream = self._fleet.homes[connection]
             if good:
-                self._trust_locked(upstream, good)
+                self._fleet.note_answers(upstream, good)
             if session is not None:
                 upstream.session = session
         if good:
@@ -2419,9 +2535,9 @@ class UpstreamGroup(ConnectionOwner):
             if self._closed:
                 return
             if connection.opened_at:
-                self._learn_locked(upstream, connection, error, orphans, now)
+                upstream.note_loss(connection, error, orphans, now)
             elif error.cause != "ended":
-                report = self._failed_locked(upstream, error, now)
+                report = upstream.note_failure(error, now)
             self._dispatcher.lost(plan, connection, error, orphans, now)
             # One that was closed at once would be again: leave it to the next look.
             lived = now - connection.opened_at >= self.ROUND
@@ -2436,47 +2552,6 @@ class UpstreamGroup(ConnectionOwner):
     def connection_choked(self, connection: Connection) -> None:
         """Have the rest of its frames written in a moment."""
         self._timer.at(self._clock() + Timer.TICK, connection.resume)
-
-    def _trust_locked(self, upstream: Upstream, good: list[Answer]) -> None:
-        """Note good answers, and who had refused to give them."""
-        upstream.health.answered([latency for _, _, latency in good])
-        for exchange, _, _ in good:
-            if exchange.refused_by:
-                for refuser in exchange.refused_by:
-                    refuser.health.doubtful = refuser is not upstream
-
-    def _learn_locked(
-        self,
-        upstream: Upstream,
-        connection: Connection,
-        error: UpstreamError,
-        orphans: list[Exchange],
-        now: float,
-    ) -> None:
-        """Note an idle close, or that it took queries and answered none."""
-        if any(not exchange.done for exchange in orphans):
-            upstream.health.doubtful = True
-        elif not orphans and error.cause in ("closed", "reset"):
-            upstream.idle.note(now - connection.active_at)
-
-    def _failed_locked(
-        self, upstream: Upstream, error: UpstreamError, now: float
-    ) -> bool:
-        """Note a connection that did not open; True if the log shall say so."""
-        upstream.health.failed(upstream.dialed_at, now, error)
-        if not upstream.health.down(now) or upstream.reported == str(error):
-            return False
-        upstream.reported = str(error)
-        return True
-
-    def _slept_locked(self, now: float) -> bool:
-        gained = self._wall() - now - self._offset
-        self._offset += min(gained, 0.0)  # the wall clock was set back
-        return gained > self.JUMP
-
-    def _flush_locked(self, plan: Plan, now: float) -> None:
-        self._offset = self._wall() - now
-        self._fleet.flush(plan, now)
 
     def _check(self, exchanges: Sequence[Exchange]) -> None:
         """Look at exchanges that may be overdue; called by the timer."""
@@ -2494,8 +2569,8 @@ class UpstreamGroup(ConnectionOwner):
     def _look(self) -> None:
         """Keep connections in order while clients are active; called by the timer."""
         with self._planning() as (plan, now):
-            if self._slept_locked(now):
-                self._flush_locked(plan, now)
+            if self._sleep.passed(now):
+                self._fleet.flush(plan, now)
             self._fleet.look(plan, now)
             active = now - self._active_at < self.ACTIVE and not self._closed
             if active:
@@ -2545,29 +2620,20 @@ class UpstreamGroup(ConnectionOwner):
             clock=self._clock,
         )
 
-    @staticmethod
-    def _describe(upstream: Upstream) -> str:
-        health = upstream.health
-        latency = "-" if health.latency is None else f"{health.latency * 1000:.1f}"
-        state = "down" if health.failures else "doubtful" if health.doubtful else "up"
-        return (
-            f"name={upstream.endpoint} state={state} latency_ms={latency}"
-            f" overdue_ms={health.overdue_after * 1000:.0f}"
-            f" idle_life_s={upstream.idle.life:.1f}"
-            f" connections={len(upstream.connections)}"
-        )
-
-
-def keepalive_told(response: Response) -> float | None:
-    """Return the idle timeout in s that a response tells (RFC 7828), if it does."""
-    if not response.upstream_options:
-        return None
-    data = find_option(response.upstream_options, OPTION_KEEPALIVE)
-    return int.from_bytes(data, "big") / 10 if data and len(data) == 2 else None
-
 
 # ---- Proxy ---------------------------------------------------------------------------
 # From a question to its answer, whatever the transport.
+
+
+def failure_response(error: UpstreamError) -> Response:
+    """Make a SERVFAIL response with an Extended DNS Error that says why (RFC 8914)."""
+    return error_response(Rcode.SERVFAIL, build_option(error.info, str(error)))
+
+
+def answer_all(waiters: Sequence[tuple[Query, Reply]], response: Response) -> None:
+    """Answer everyone who waits."""
+    for query, reply in waiters:
+        reply(build_answer(query, response))
 
 
 class Proxy:
@@ -2821,17 +2887,6 @@ class Proxy:
         return shed
 
 
-def failure_response(error: UpstreamError) -> Response:
-    """Make a SERVFAIL response with an Extended DNS Error that says why (RFC 8914)."""
-    return error_response(Rcode.SERVFAIL, build_option(error.info, str(error)))
-
-
-def answer_all(waiters: Sequence[tuple[Query, Reply]], response: Response) -> None:
-    """Answer everyone who waits."""
-    for query, reply in waiters:
-        reply(build_answer(query, response))
-
-
 # ---- Servers (RFC 1035 section 4.2, RFC 7766, RFC 9210) ------------------------------
 # From sockets to the Proxy and back. They know sizes, addresses and time-outs, nothing
 # of names.
@@ -2846,6 +2901,24 @@ IPV6_RECVPKTINFO = getattr(
 )
 IPV6_PKTINFO = getattr(socket, "IPV6_PKTINFO", 46 if sys.platform == "darwin" else 50)
 SO_RCVBUFFORCE = 33  # Linux: beyond net.core.rmem_max, where privileged
+
+
+def reply_from(data: bytes) -> bytes:
+    """Turn the packet information of a query into that of its answer.
+
+    The source address is the one that was asked; the kernel picks the interface, but
+    for link-local addresses, which mean nothing without theirs.
+    """
+    if len(data) == 12:  # in_pktinfo: interface, local address, destination
+        return bytes(4) + data[4:8] + bytes(4)
+    link_local = data[:2] in (b"\xfe\x80", b"\xfe\x90", b"\xfe\xa0", b"\xfe\xb0")
+    return data if link_local else data[:16] + bytes(4)
+
+
+def set_v6_only(listener: socket.socket) -> None:
+    """Leave the IPv4 wildcard free for another socket."""
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
 
 class UDPHandler(socketserver.BaseRequestHandler):
@@ -2967,24 +3040,6 @@ class UDPServer(socketserver.ThreadingUDPServer):
                 if kind in (IP_PKTINFO, IPV6_PKTINFO)
             ],
         )
-
-
-def reply_from(data: bytes) -> bytes:
-    """Turn the packet information of a query into that of its answer.
-
-    The source address is the one that was asked; the kernel picks the interface, but
-    for link-local addresses, which mean nothing without theirs.
-    """
-    if len(data) == 12:  # in_pktinfo: interface, local address, destination
-        return bytes(4) + data[4:8] + bytes(4)
-    link_local = data[:2] in (b"\xfe\x80", b"\xfe\x90", b"\xfe\xa0", b"\xfe\xb0")
-    return data if link_local else data[:16] + bytes(4)
-
-
-def set_v6_only(listener: socket.socket) -> None:
-    """Leave the IPv4 wildcard free for another socket."""
-    if listener.family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
 
 class StreamHandler(socketserver.BaseRequestHandler):
@@ -3268,6 +3323,20 @@ def parse_listen(text: str) -> Address:
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}") from None
 
 
+def is_host(text: str) -> bool:
+    """Tell whether this is an IP address or looks like a host name."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(text)
+        return True
+    labels = text.rstrip(".").split(".")
+    return len(text) <= MAX_NAME and all(
+        label.replace("-", "").replace("_", "").isalnum()
+        and label.isascii()
+        and len(label) < 64
+        for label in labels
+    )
+
+
 def parse_endpoint(text: str) -> Endpoint:
     """Parse `[tls://]HOST[:PORT][#TLS-NAME]`, for argparse; `@PORT` does as well."""
     address, sharp, name = text.partition("#")
@@ -3293,20 +3362,6 @@ def parse_size(text: str) -> int:
     if not (digits.isascii() and digits.isdigit()) or len(text) - len(digits) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give octets, such as 32M")
     return int(digits) * factor
-
-
-def is_host(text: str) -> bool:
-    """Tell whether this is an IP address or looks like a host name."""
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(text)
-        return True
-    labels = text.rstrip(".").split(".")
-    return len(text) <= MAX_NAME and all(
-        label.replace("-", "").replace("_", "").isalnum()
-        and label.isascii()
-        and len(label) < 64
-        for label in labels
-    )
 
 
 def number(
@@ -3341,35 +3396,6 @@ class Parser(argparse.ArgumentParser):
             return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
         except ValueError as error:
             self.error(f"{arg_line!r}: {error}")
-
-
-def build_parser() -> Parser:
-    """Describe the options; each stays None where it is not given."""
-    parser = Parser(
-        prog="dotproxy",
-        usage="%(prog)s [OPTION]... [@FILE]",
-        description="Forward plain DNS (UDP and TCP) to DNS-over-TLS resolvers.",
-        epilog="Every option can also be set as DOTPROXY_OPTION in the environment, "
-        "lists with commas or spaces between; the command line wins. @FILE reads "
-        "options from a file, one a line, with # comments.",
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        formatter_class=functools.partial(
-            argparse.HelpFormatter, max_help_position=26, width=80
-        ),
-    )
-    add_serving_options(parser.add_argument_group("serving"))
-    add_upstream_options(parser.add_argument_group("upstream"))
-    add_cache_options(parser.add_argument_group("cache"))
-    group = parser.add_argument_group("about")
-    group.add_argument(
-        "--log-level",
-        metavar="LEVEL",
-        choices=("debug", "info", "warning", "error"),
-        help="debug, info, warning or error (default: info)",
-    )
-    group.add_argument("--version", action="version", version=f"dotproxy {__version__}")
-    return parser
 
 
 def add_serving_options(group: argparse._ArgumentGroup) -> None:
@@ -3464,6 +3490,35 @@ def add_cache_options(group: argparse._ArgumentGroup) -> None:
         )
 
 
+def build_parser() -> Parser:
+    """Describe the options; each stays None where it is not given."""
+    parser = Parser(
+        prog="dotproxy",
+        usage="%(prog)s [OPTION]... [@FILE]",
+        description="Forward plain DNS (UDP and TCP) to DNS-over-TLS resolvers.",
+        epilog="Every option can also be set as DOTPROXY_OPTION in the environment, "
+        "lists with commas or spaces between; the command line wins. @FILE reads "
+        "options from a file, one a line, with # comments.",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        formatter_class=functools.partial(
+            argparse.HelpFormatter, max_help_position=26, width=80
+        ),
+    )
+    add_serving_options(parser.add_argument_group("serving"))
+    add_upstream_options(parser.add_argument_group("upstream"))
+    add_cache_options(parser.add_argument_group("cache"))
+    group = parser.add_argument_group("about")
+    group.add_argument(
+        "--log-level",
+        metavar="LEVEL",
+        choices=("debug", "info", "warning", "error"),
+        help="debug, info, warning or error (default: info)",
+    )
+    group.add_argument("--version", action="version", version=f"dotproxy {__version__}")
+    return parser
+
+
 def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     """Read the options: command line before environment before default.
 
@@ -3484,29 +3539,6 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     for name in LISTS & set(chosen):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
     return Config(**chosen, listen_given="listen" in chosen)
-
-
-def bind_servers(
-    config: Config, proxy: Proxy, workers: WorkerPool, streams: WorkerPool
-) -> list[UDPServer | TCPServer]:
-    """Bind every address for UDP and TCP; raises ConfigError where that fails."""
-    servers: list[UDPServer | TCPServer] = []
-    for address in config.listen:
-        try:
-            servers += bind_pair(config, address, proxy, workers, streams)
-        except OSError as error:
-            absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if absent and not config.listen_given:
-                logger.info(
-                    "not listening: address=%s error=%s", address[0], error.strerror
-                )
-                continue
-            for server in servers:
-                server.server_close()
-            raise ConfigError(describe_bind_error(error, address), status=1) from error
-    if not servers:
-        raise ConfigError("no address to listen on; give --listen ADDR:PORT", status=1)
-    return servers
 
 
 def bind_pair(
@@ -3552,6 +3584,29 @@ def describe_bind_error(error: OSError, address: Address) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
         return f"cannot listen on {where}: this host has no such address; mend --listen"
     return f"cannot listen on {where}: {error.strerror}; mend --listen"
+
+
+def bind_servers(
+    config: Config, proxy: Proxy, workers: WorkerPool, streams: WorkerPool
+) -> list[UDPServer | TCPServer]:
+    """Bind every address for UDP and TCP; raises ConfigError where that fails."""
+    servers: list[UDPServer | TCPServer] = []
+    for address in config.listen:
+        try:
+            servers += bind_pair(config, address, proxy, workers, streams)
+        except OSError as error:
+            absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+            if absent and not config.listen_given:
+                logger.info(
+                    "not listening: address=%s error=%s", address[0], error.strerror
+                )
+                continue
+            for server in servers:
+                server.server_close()
+            raise ConfigError(describe_bind_error(error, address), status=1) from error
+    if not servers:
+        raise ConfigError("no address to listen on; give --listen ADDR:PORT", status=1)
+    return servers
 
 
 def describe_servers(servers: Iterable[UDPServer | TCPServer]) -> str:
