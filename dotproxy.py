@@ -448,11 +448,10 @@ def parse_response(message: bytes, end: int) -> Response:
     if questions != 1:
         raise FormatError(f"QDCOUNT {questions}")
     response = Response(flags, message)
-    offset, size, number = end, len(message), -1
-    stop, kept = 0, extra
+    offset, records, stop, kept = end, answers + authority, 0, extra
     ttls, offsets = [], []
     try:
-        for number in range(answers + authority + extra):
+        for number in range(records + extra):
             start = offset
             if message[offset] >= 0xC0:
                 offset += 2
@@ -461,22 +460,22 @@ def parse_response(message: bytes, end: int) -> Response:
             rrtype, _, ttl, length = RECORD.unpack_from(message, offset)
             offset += 10 + length
             if rrtype == TYPE_OPT:
-                if stop or message[start] or number < answers + authority:
+                if stop or message[start] or number < records:
                     raise FormatError("misplaced OPT record")
-                stop, kept = start, number - answers - authority
+                stop, kept = start, number - records
                 response.rcode |= ttl >> 20 & 0xFF0
                 _read_response_options(response, message[offset - length : offset])
             elif not stop:
                 offsets.append(offset - length - 6 - end)
                 ttls.append(ttl)
-                if rrtype == TYPE_SOA and number >= answers and length >= 20:
+                if rrtype == TYPE_SOA and answers <= number < records and length >= 20:
                     minimum = int.from_bytes(message[offset - 4 : offset], "big")
                     response.negative_ttl = min(ttl, minimum)
     except (IndexError, struct.error):
         raise FormatError("record past the end") from None
-    if offset != size:
+    if offset != len(message):
         raise FormatError("message ends inside or after its last record")
-    response.body = message[end : stop or size]
+    response.body = message[end : stop or offset]
     response.counts = (answers, authority, kept)
     if offsets:
         # The top bit set means 0, RFC 2181 section 8.
@@ -557,6 +556,13 @@ def with_ttls(response: Response, change: Callable[[int], int]) -> bytes:
     return bytes(body)
 
 
+def without_opt(response: Response, end: int) -> bytes:
+    """Return the message of a response, whose question ends at `end`, less its OPT."""
+    extra = response.counts[2].to_bytes(2, "big")
+    message = response.message
+    return message[:10] + extra + message[12 : end + len(response.body)]
+
+
 def build_option(info: ExtendedError, text: str) -> bytes:
     """Build an Extended DNS Error option (RFC 8914 section 2)."""
     reason = text.encode("utf-8", "replace")[:200].decode("utf-8", "ignore").encode()
@@ -607,7 +613,7 @@ def answerable(message: bytes) -> bool:
 class CacheEntry:
     """A stored response, and how it is used."""
 
-    OVERHEAD = 480  # octets of an entry beside its key and message, as measured
+    OVERHEAD = 500  # octets of an entry beside its key and message, as measured
     PREFETCH_AFTER = 0.9  # of the life
 
     __slots__ = (
@@ -717,8 +723,15 @@ class Cache:
         """Store a response if it may be; return it as it is to be served."""
         ttl = self._life(response)
         if ttl <= 0 or not self._max_bytes:
+            if response.rcode in (NOERROR, NXDOMAIN) and not response.flags & TC:
+                self._forget(key)  # it counts as refreshed, RFC 8767 section 4
             return response
-        entry = CacheEntry(response.message or response, now, ttl)
+        source = response.message or response
+        if response.upstream_options and not response.options:
+            source = without_opt(
+                response, 11 + len(key)
+            )  # which is padding, 380 octets of it often
+        entry = CacheEntry(source, now, ttl)
         with self._lock:
             old = self._entries.pop(key, None)
             if old is not None:
@@ -728,8 +741,7 @@ class Cache:
             self._entries[key] = entry
             self._size += entry.size(key)
             heapq.heappush(self._expiries, (entry.expires, key))
-            if self._size > self._max_bytes:
-                self._shrink_locked(now)
+            self._shrink_locked(now)
         if response.ttl == ttl and response.longest_ttl == ttl:
             return response
         return self._bounded(response)
@@ -760,6 +772,12 @@ class Cache:
             self._expiries.clear()
             self._size = 0
         return number
+
+    def _forget(self, key: bytes) -> None:
+        if key in self._entries:
+            with self._lock:
+                if key in self._entries:
+                    self._remove_locked(key)
 
     def _life(self, response: Response) -> float:
         """Return for how many seconds a response may be stored, 0 for not at all."""
@@ -797,7 +815,7 @@ class Cache:
     def _shrink_locked(self, now: float) -> None:
         while self._size > self._max_bytes:
             self._remove_locked(self._victim_locked(now))
-        if len(self._expiries) > 2 * len(self._entries) + 64:
+        if len(self._expiries) > len(self._entries) * 3 // 2 + 64:
             entries = self._entries.items()
             self._expiries = [(entry.expires, key) for key, entry in entries]
             heapq.heapify(self._expiries)
@@ -2640,6 +2658,7 @@ class Proxy:
     """Answers from the cache, or has a question asked once for everyone who waits."""
 
     MAX_HOT = 4096  # answers kept ready byte for byte, about 2 MiB
+    MAX_HOT_SIZE = 2048  # octets of an entry that is; it stays alive with its answers
 
     def __init__(
         self,
@@ -2715,6 +2734,7 @@ class Proxy:
         """Have each query answered through its `reply`, exactly once; never blocks."""
         now = self._clock()
         fresh: list[Exchange] = []
+        aging: list[Exchange] = []  # those whose clients get a stale answer in time
         with self._lock:
             exchanges = self._exchanges
             for waiter in queries:
@@ -2724,47 +2744,49 @@ class Proxy:
                     exchange = Exchange(query, now, now + self._timeout)
                     exchanges[query.key] = exchange
                     fresh.append(exchange)
+                    if query.stale is not None:
+                        aging.append(exchange)
+                elif query.stale is not None and exchange.query.stale is None:
+                    exchange.query.stale = query.stale  # it was a refresh until now
+                    aging.append(exchange)
                 exchange.waiters.append(waiter)
             self._count += len(queries)
             shed = self._shed_locked() if self._count > self._max_in_flight else []
         if shed:
             error = UpstreamError("overload", "too many queries in flight")
             answer_all(shed, failure_response(error))
-        for exchange in fresh:
-            if exchange.query.stale is not None:
-                serve = functools.partial(self._serve_stale, exchange)
-                self._timer.at(now + Cache.STALE_AFTER, serve)
+        for exchange in aging:
+            serve = functools.partial(self._serve_stale, exchange)
+            self._timer.at(now + Cache.STALE_AFTER, serve)
+        fresh = [each for each in fresh if not self._answered_meanwhile(each, now)]
         if fresh:
             self._group.send(fresh, now)
 
     def complete(self, outcomes: list[Outcome]) -> None:
         """Answer everyone who waits for these exchanges, unless that was done."""
         now = self._clock()
+        # Into the cache first: who finds no exchange to join finds the answer there.
+        results = [
+            (exchange, self._remember(exchange, outcome, now))
+            for exchange, outcome in outcomes
+            if not exchange.done
+        ]
         finished = []
         with self._lock:
-            for exchange, outcome in outcomes:
-                if exchange.done:
-                    continue
-                exchange.done = True
-                del self._exchanges[exchange.query.key]
-                waiters, exchange.waiters = exchange.waiters, []
-                self._count -= len(waiters)
-                finished.append((exchange, waiters, outcome))
-            if not self._count:
-                self._idle.notify_all()
-        for exchange, waiters, outcome in finished:
-            if not isinstance(outcome, Response) or outcome.rcode in FAILURE_RCODES:
-                self._fail(exchange, waiters, outcome, now)
-                continue
-            query = exchange.query
-            if query.key == query.cache_key:
-                outcome = self._cache.put(query.key, outcome, now)
-            answer_all(waiters, outcome)
+            for exchange, result in results:
+                if not exchange.done:
+                    finished.append((self._finish_locked(exchange), result))
+        for waiters, result in finished:
+            if isinstance(result, CacheEntry):
+                self._answer_stale(waiters, result)
+            else:
+                answer_all(waiters, result)
 
     def flush(self) -> None:
         """Forget every cached answer."""
+        number = self._cache.flush()
         self._hot = {}
-        logger.info("cache flushed: entries=%d", self._cache.flush())
+        logger.info("cache flushed: entries=%d", number)
 
     def _look_up(self, message: bytes, now: float, stream: bool) -> bytes | Query:
         try:
@@ -2778,8 +2800,9 @@ class Proxy:
             return query
         if now >= entry.expires:
             return self._look_up_stale(query, entry, now)
-        popular = entry.hits >= Cache.POPULAR and not entry.retry_at
-        if popular and now >= entry.prefetch_at and not entry.failed:
+        popular = entry.hits >= Cache.POPULAR and query.flags & RD
+        wanted = popular and not entry.retry_at and not entry.failed
+        if wanted and now >= entry.prefetch_at:
             entry.retry_at = entry.expires
             self._timer.at(now, functools.partial(self._refresh, query))
         answer = self._cache.answer(entry, query, now)
@@ -2805,34 +2828,56 @@ class Proxy:
         self, question: bytes, answer: bytes, entry: CacheEntry, now: float
     ) -> None:
         """Keep an answer ready until one of its TTLs changes or it may be refreshed."""
+        if entry.size(question) > self.MAX_HOT_SIZE:
+            return
         until = entry.stored_at + int(now - entry.stored_at) + 1
         if now < entry.prefetch_at:
             until = min(until, entry.prefetch_at)
+        elif not entry.retry_at:
+            return  # the next hit may make it popular
         if len(self._hot) >= self.MAX_HOT:
             self._hot = {}
         self._hot[question] = (min(until, entry.expires), answer, entry)
 
-    def _fail(
-        self,
-        exchange: Exchange,
-        waiters: list[tuple[Query, Reply]],
-        outcome: Response | UpstreamError,
-        now: float,
-    ) -> None:
-        """Answer from a stale entry if there is one, else with the failure."""
-        query = exchange.query
+    def _answered_meanwhile(self, exchange: Exchange, now: float) -> bool:
+        """Answer a new exchange from the cache if it can since the lookup missed."""
+        key = exchange.query.cache_key
+        entry = self._cache.get(key, now) if key else None
+        if entry is None or now >= entry.expires:
+            return False
+        with self._lock:
+            waiters = [] if exchange.done else self._finish_locked(exchange)
+        for query, reply in waiters:
+            reply(self._cache.answer(entry, query, now))
+        return True
+
+    def _finish_locked(self, exchange: Exchange) -> list[tuple[Query, Reply]]:
+        """Take an exchange out of those in flight; return who waits for it."""
+        exchange.done = True
+        del self._exchanges[exchange.query.key]
+        waiters, exchange.waiters = exchange.waiters, []
+        self._count -= len(waiters)
+        if not self._count:
+            self._idle.notify_all()
+        return waiters
+
+    def _remember(
+        self, exchange: Exchange, outcome: Response | UpstreamError, now: float
+    ) -> Response | CacheEntry:
+        """Cache an outcome; return what to answer, which may be a stale entry."""
+        query, cachable = exchange.query, exchange.query.key == exchange.query.cache_key
+        if isinstance(outcome, Response) and outcome.rcode not in FAILURE_RCODES:
+            return self._cache.put(query.key, outcome, now) if cachable else outcome
         if query.stale is not None:
             query.stale.retry_at = now + Cache.STALE_RETRY
-            self._answer_stale(waiters, query.stale)
-            return
-        response = outcome
-        if isinstance(response, UpstreamError):
-            response = failure_response(response)
+            return query.stale
         # Failures of the upstream and time-outs are dear; others happen at once again.
         dear = isinstance(outcome, Response) or outcome.cause == "timeout"
-        if dear and exchange.copies and query.key == query.cache_key:
-            self._cache.put(query.key, response, now)
-        answer_all(waiters, response)
+        if isinstance(outcome, UpstreamError):
+            outcome = failure_response(outcome)
+        if dear and exchange.copies and cachable:
+            return self._cache.put(query.key, outcome, now)
+        return outcome
 
     def _serve_stale(self, exchange: Exchange) -> None:
         """Answer from the stale entry who has waited long enough; ask on regardless."""

@@ -46,6 +46,7 @@ import tempfile
 import threading
 import time
 import tokenize
+import tracemalloc
 import unittest
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,7 @@ from unittest import mock
 
 import dotproxy
 from dotproxy import (
+    Cache,
     Connection,
     Dispatcher,
     Endpoint,
@@ -3879,6 +3881,1600 @@ class SickUpstreamTest(ScenarioTestCase):
             upstream.drop_connections()
 
         self.check(sicken)
+
+
+# ---- Cache ---------------------------------------------------------------------------
+
+
+def cache_key(message: bytes) -> bytes:
+    return dotproxy.parse_query(message).cache_key
+
+
+def read_response(message: bytes) -> dotproxy.Response:
+    return dotproxy.parse_response(message, 12 + len(parse(message).question))
+
+
+class CacheKeyTest(DotproxyTestCase):
+    def test_same_question_has_the_same_key(self) -> None:
+        usual = cache_key(query("www.example.com"))
+
+        for text, other in (
+            ("case", query("WWW.eXample.Com")),
+            ("ID", query(id=7)),
+            ("AD", query(ad=True)),
+            ("RD=0", query(rd=False)),
+            ("EDNS without DO", query(do=False, size=4096)),
+            ("cookie", query(do=False, options=option(10, bytes(8)))),
+            ("client subnet", query(do=False, options=option(8, b"\0\1\0\0"))),
+        ):
+            with self.subTest(text):
+                self.assertEqual(cache_key(other), usual)
+
+    def test_other_question_has_another_key(self) -> None:
+        keys = [
+            cache_key(message)
+            for message in (
+                query("www.example.com"),
+                query("ftp.example.com"),
+                query("www.example.com", "AAAA"),
+                query("www.example.com", rrclass=3),
+                query("www.example.com", do=True),
+                query("www.example.com", cd=True),
+                query("www.example.com", do=True, cd=True),
+            )
+        ]
+
+        self.assertEqual(len(set(keys)), len(keys))
+
+    def test_letters_outside_ascii_keep_their_case(self) -> None:
+        upper, lower = query(b"\1\xc0\0"), query(b"\1\xe0\0")
+
+        self.assertNotEqual(cache_key(upper), cache_key(lower))
+
+    def test_options_that_pass_bypass_the_cache(self) -> None:
+        message = query(do=False, options=option(65001, b"data"))
+
+        self.assertEqual(cache_key(message), b"")
+
+
+ASKED = query("www.example.com")
+KEY = cache_key(ASKED)
+
+
+class CacheTest(DotproxyTestCase):
+    """What is stored, for how long, and with which TTLs; time starts at 1000."""
+
+    def setUp(self) -> None:
+        self.cache = Cache(1 << 20, stale=0)
+
+    def put(
+        self,
+        *answers: bytes | str,
+        now: float = 1000.0,
+        ttl: int = 300,
+        rcode: int = 0,
+        authority: Sequence[bytes] = (),
+        additional: Sequence[bytes] = (),
+        tc: bool = False,
+    ) -> list[int]:
+        """Store a response; return the TTLs that are served at once."""
+        build = functools.partial(response, ASKED, *answers, ttl=ttl, rcode=rcode)
+        message = build(authority=authority, additional=additional, tc=tc)
+        asked = dotproxy.parse_query(ASKED)
+        served = self.cache.put(KEY, read_response(message), now)
+        return self.list_ttls(dotproxy.build_answer(asked, served))
+
+    def get(self, age: float) -> list[int] | None:
+        """Return the TTLs of the live answer at this age of the cache."""
+        entry = self.cache.get(KEY, 1000.0 + age)
+        if entry is None or 1000.0 + age >= entry.expires:
+            return None
+        asked = dotproxy.parse_query(ASKED)
+        answer = self.cache.answer(entry, asked, 1000.0 + age)
+        return self.list_ttls(answer)
+
+    def list_ttls(self, message: bytes) -> list[int]:
+        answer = parse(message)
+        sections = answer.answers + answer.authority + answer.additional
+        return [entry.ttl for entry in sections]
+
+    def test_unknown_question_is_a_miss(self) -> None:
+        self.assertIsNone(self.get(0.0))
+
+    def test_ttl_counts_down_by_whole_seconds(self) -> None:
+        self.put("192.0.2.1", ttl=10)
+
+        for age, ttl in ((0.0, 10), (0.999, 10), (1.0, 9), (1.5, 9), (9.99, 1)):
+            with self.subTest(age=age):
+                self.assertEqual(self.get(age), [ttl])
+
+    def test_entry_is_a_miss_when_its_ttl_is_over(self) -> None:
+        self.put("192.0.2.1", ttl=10)
+
+        self.assertIsNone(self.get(10.0))
+
+    def test_answer_from_before_it_was_stored_has_the_whole_ttl(self) -> None:
+        self.put("192.0.2.1", ttl=10)
+
+        self.assertEqual(self.get(-0.01), [10])  # a batch has one time, taken early
+
+    def test_ttl_0_is_not_stored(self) -> None:
+        self.assertEqual(self.put("192.0.2.1", ttl=0), [0])
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_top_bit_ttl_is_not_stored(self) -> None:
+        for ttl in (1 << 31, (1 << 32) - 1):
+            with self.subTest(ttl=ttl):
+                self.put("192.0.2.1", ttl=ttl)
+
+                self.assertIsNone(self.get(0.0))
+
+    def test_one_ttl_of_0_is_enough(self) -> None:
+        self.put("192.0.2.1", additional=[address("ns.example.com", "192.0.2.2", 0)])
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_one_top_bit_ttl_is_enough(self) -> None:
+        self.put("192.0.2.1", authority=[record("example.com", "NS", b"\0", 1 << 31)])
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_shortest_ttl_decides(self) -> None:
+        glue = address("ns.example.com", "192.0.2.2", 5)
+        self.put("192.0.2.1", ttl=10, additional=[glue])
+
+        self.assertEqual(self.get(4.9), [6, 1])
+        self.assertIsNone(self.get(5.0))
+
+    def test_nxdomain_lives_as_long_as_the_soa_says(self) -> None:
+        for ttl, minimum in ((20, 60), (60, 20)):
+            with self.subTest(ttl=ttl, minimum=minimum):
+                self.put(rcode=3, authority=[soa(ttl=ttl, minimum=minimum)])
+
+                self.assertIsNotNone(self.get(19.9))
+                self.assertIsNone(self.get(20.0))
+
+    def test_nodata_lives_as_long_as_the_soa_says(self) -> None:
+        self.put(authority=[soa(ttl=60, minimum=20)])
+
+        self.assertIsNotNone(self.get(19.9))
+        self.assertIsNone(self.get(20.0))
+
+    def test_soa_ttl_counts_down_from_what_it_says(self) -> None:
+        self.assertEqual(self.put(rcode=3, authority=[soa(ttl=60, minimum=20)]), [20])
+
+        self.assertEqual(self.get(5.0), [15])
+
+    def test_negative_answer_lives_an_hour_at_most(self) -> None:
+        soa_of_a_week = soa(ttl=604800, minimum=604800)
+
+        self.assertEqual(self.put(rcode=3, authority=[soa_of_a_week]), [3600])
+        self.assertIsNone(self.get(3600.0))
+
+    def test_negative_answer_without_soa_is_not_stored(self) -> None:
+        for rcode in (0, 3):
+            with self.subTest(rcode=rcode):
+                nameserver = record("example.com", "NS", b"\0")
+                self.put(rcode=rcode, authority=[nameserver])
+
+                self.assertIsNone(self.get(0.0))
+
+    def test_soa_outside_the_authority_section_says_nothing(self) -> None:
+        self.put(rcode=3, additional=[soa()])
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_negative_answer_of_minimum_0_is_not_stored(self) -> None:
+        self.put(rcode=3, authority=[soa(ttl=60, minimum=0)])
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_nodata_behind_an_alias_is_stored_by_its_soa(self) -> None:
+        alias = record("www.example.com", "CNAME", encode_name("example.com"), 300)
+        self.put(alias, authority=[soa(ttl=60, minimum=20)])
+
+        self.assertEqual(self.get(19.0), [1, 1])
+        self.assertIsNone(self.get(20.0))
+
+    def test_soa_that_was_asked_for_is_an_answer(self) -> None:
+        self.put(soa("www.example.com", ttl=60, minimum=20))
+
+        self.assertEqual(self.get(30.0), [30])
+
+    def test_failure_lives_for_its_own_time(self) -> None:
+        for rcode in (1, 2, 4, 5):
+            with self.subTest(rcode=rcode):
+                self.put(rcode=rcode, authority=[soa()])
+
+                self.assertIsNotNone(self.get(0.9))
+                self.assertIsNone(self.get(1.0))
+
+    def test_failure_is_not_stored_if_so_configured(self) -> None:
+        self.cache = Cache(1 << 20, fail_ttl=0)
+
+        self.put(rcode=2)
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_failure_does_not_take_the_place_of_data(self) -> None:
+        self.put("192.0.2.1", ttl=10)
+
+        self.put(rcode=2, now=1005.0)
+
+        self.assertEqual(self.get(5.0), [5])
+
+    def test_data_takes_the_place_of_a_failure(self) -> None:
+        self.put(rcode=2)
+
+        self.put("192.0.2.1")
+
+        self.assertEqual(self.get(0.5), [300])
+
+    def test_truncated_answer_is_not_stored(self) -> None:
+        self.put("192.0.2.1", tc=True)
+
+        self.assertIsNone(self.get(0.0))
+
+    def test_other_rcodes_are_not_stored(self) -> None:
+        for rcode in (6, 9, 11, 15):
+            with self.subTest(rcode=rcode):
+                self.put("192.0.2.1", rcode=rcode)
+
+                self.assertIsNone(self.get(0.0))
+
+    def test_min_ttl_counts_from_the_first_answer_on(self) -> None:
+        self.cache = Cache(1 << 20, min_ttl=60, stale=0)
+
+        self.assertEqual(self.put("192.0.2.1", ttl=10), [60])
+        self.assertEqual(self.get(59.0), [1])
+        self.assertIsNone(self.get(60.0))
+
+    def test_max_ttl_counts_from_the_first_answer_on(self) -> None:
+        self.cache = Cache(1 << 20, max_ttl=60, stale=0)
+
+        self.assertEqual(self.put("192.0.2.1", ttl=3600), [60])
+        self.assertEqual(self.get(59.0), [1])
+        self.assertIsNone(self.get(60.0))
+
+    def test_bounds_reach_every_record(self) -> None:
+        self.cache = Cache(1 << 20, min_ttl=30, max_ttl=60)
+        glue = [address("ns.example.com", "192.0.2.2", ttl) for ttl in (10, 40)]
+
+        self.assertEqual(self.put("192.0.2.1", additional=glue), [60, 30, 40])
+
+    def test_bounds_reach_negative_answers(self) -> None:
+        self.cache = Cache(1 << 20, min_ttl=30, max_ttl=60)
+
+        for minimum, ttl in ((10, 30), (40, 40), (300, 60)):
+            with self.subTest(minimum=minimum):
+                served = self.put(rcode=3, authority=[soa(minimum=minimum)])
+
+                self.assertEqual(served, [ttl])
+
+    def test_ttl_0_stays_0_whatever_the_minimum(self) -> None:
+        self.cache = Cache(1 << 20, min_ttl=60)
+
+        self.assertEqual(self.put("192.0.2.1", ttl=0), [0])
+        self.assertIsNone(self.get(0.0))
+
+    def test_expired_entry_is_kept_for_as_long_as_told(self) -> None:
+        self.cache = Cache(1 << 20, stale=100.0)
+        self.put("192.0.2.1", ttl=10)
+
+        self.assertIsNotNone(self.cache.get(KEY, 1109.9))
+        self.assertIsNone(self.cache.get(KEY, 1110.0))
+
+    def test_expired_failure_is_gone(self) -> None:
+        self.cache = Cache(1 << 20, stale=100.0)
+        self.put(rcode=2)
+
+        self.assertIsNone(self.cache.get(KEY, 1001.0))
+
+    def test_answer_that_may_not_be_stored_ends_the_older_one(self) -> None:
+        self.cache = Cache(1 << 20)  # RFC 8767 section 4: NOERROR and NXDOMAIN refresh
+        for rcode in (0, 3):
+            with self.subTest(rcode=rcode):
+                self.put("192.0.2.1", ttl=10)
+
+                self.put(rcode=rcode, now=1020.0)
+
+                self.assertIsNone(self.cache.get(KEY, 1020.0))
+
+    def test_no_room_at_all_stores_nothing(self) -> None:
+        self.cache = Cache(0)
+
+        self.put("192.0.2.1")
+
+        self.assertEqual((len(self.cache), self.cache.size), (0, 0))
+
+    def test_flush_forgets_everything(self) -> None:
+        self.put("192.0.2.1")
+
+        self.assertEqual(self.cache.flush(), 1)
+        self.assertIsNone(self.get(0.0))
+        self.assertEqual((len(self.cache), self.cache.size), (0, 0))
+
+
+# Fills a cache in a process of its own; prints by how much both grew.
+MEMORY_SCRIPT = """\
+import gc, os, resource, struct, sys
+import dotproxy
+
+def resident():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def fill(cache, first, last, records, padding):
+    option = struct.pack("!HH", 12, padding) + bytes(padding)
+    opt = b"\\0" + struct.pack("!HHIH", 41, 1232, 0, len(option)) + option
+    answer = struct.pack("!HHHIH4s", 0xC00C, 1, 1, 300, 4, bytes(4)) * records
+    for number in range(first, last):
+        name = b"\\3www\\x0chost-%07d\\7example\\3com\\0" % number
+        asked = struct.pack("!6H", 0, 256, 1, 0, 0, 0) + name + b"\\0\\1\\0\\1"
+        query = dotproxy.parse_query(asked)
+        header = struct.pack("!6H", 0, 0x8180, 1, records, 0, 1)
+        message = header + query.question + answer + opt
+        found = dotproxy.parse_response(message, 12 + len(query.question))
+        cache.put(query.cache_key, found, 1000.0 + number / 1000)
+
+bound, names, records, padding = map(int, sys.argv[1:])
+cache = dotproxy.Cache(bound)
+fill(cache, 0, names // 10, records, padding)  # takes what was free in the process
+gc.collect()
+size, before = cache.size, resident()
+fill(cache, names // 10, names, records, padding)
+print(cache.size - size, resident() - before)
+"""
+
+
+class CacheBoundTest(DotproxyTestCase):
+    def put(
+        self, cache: Cache, name: str, *answers: bytes, ttl: int = 300, now: float = 0.0
+    ) -> None:
+        asked = query(name)
+        message = response(asked, *(answers or ["192.0.2.1"]), ttl=ttl)
+        cache.put(cache_key(asked), read_response(message), now)
+
+    def names(self, cache: Cache, *names: str, now: float = 0.0) -> list[str]:
+        """List those that are in the cache."""
+        return [name for name in names if cache.get(cache_key(query(name)), now)]
+
+    def room_for(self, count: int) -> int:
+        cache = Cache(1 << 20)
+        self.put(cache, "a.test")
+        return cache.size * count
+
+    def test_least_recently_used_goes_first(self) -> None:
+        cache = Cache(self.room_for(3))
+        for name in ("a.test", "b.test", "c.test"):
+            self.put(cache, name)
+        self.names(cache, "a.test")
+
+        self.put(cache, "d.test")
+
+        everybody = self.names(cache, "a.test", "b.test", "c.test", "d.test")
+        self.assertEqual(everybody, ["a.test", "c.test", "d.test"])
+
+    def test_expired_goes_before_live(self) -> None:
+        cache = Cache(self.room_for(3))
+        self.put(cache, "a.test")
+        self.put(cache, "b.test", ttl=20)
+        self.put(cache, "c.test", ttl=10)
+
+        for name in ("d.test", "e.test"):
+            self.put(cache, name, now=30.0)
+
+        everybody = self.names(cache, "a.test", "b.test", "c.test", "d.test", now=30.0)
+        self.assertEqual(everybody, ["a.test", "d.test"])
+
+    def test_renewed_entry_is_not_taken_for_an_expired_one(self) -> None:
+        cache = Cache(self.room_for(2))
+        self.put(cache, "a.test", ttl=10)
+        self.put(cache, "a.test", now=20.0)
+        self.put(cache, "b.test", ttl=10, now=20.0)
+
+        self.put(cache, "c.test", now=40.0)
+
+        everybody = self.names(cache, "a.test", "b.test", "c.test", now=40.0)
+        self.assertEqual(everybody, ["a.test", "c.test"])
+
+    def test_size_never_exceeds_the_bound(self) -> None:
+        numbers = random.Random(1)
+        cache = Cache(20_000)
+        for now in range(2000):
+            text = record("x.test", "TXT", bytes(numbers.randrange(1000)), 1)
+            self.put(cache, f"{numbers.randrange(50)}.test", text, now=now / 10)
+
+            self.assertLessEqual(cache.size, 20_000)
+        self.assertGreater(cache.size, 15_000)
+
+    def test_answer_larger_than_the_cache_is_not_kept(self) -> None:
+        cache = Cache(2000)
+
+        self.put(cache, "a.test", record("a.test", "TXT", bytes(3000)))
+
+        self.assertEqual((len(cache), cache.size), (0, 0))
+
+    def test_replaced_and_removed_entries_are_counted_out(self) -> None:
+        cache = Cache(1 << 20, stale=0)
+        for _ in range(3):
+            self.put(cache, "a.test", ttl=10)
+        self.assertEqual(cache.size, self.room_for(1))
+
+        self.names(cache, "a.test", now=10.0)
+
+        self.assertEqual((len(cache), cache.size), (0, 0))
+
+    def test_renewing_one_name_for_ever_takes_no_memory(self) -> None:
+        asked = query()
+        found = read_response(response(asked, "192.0.2.1", ttl=1))
+        cache = Cache(1 << 20)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+
+        for now in range(5000):
+            cache.put(KEY, found, float(now))
+
+        self.assertLess(tracemalloc.get_traced_memory()[0], 50_000)
+
+    def measure(self, bound: int, names: int, records: int, padding: int) -> float:
+        """Return the cache's size as a share of what its process grew by."""
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONDEVMODE", "PYTHONMALLOC", "PYTHONTRACEMALLOC")
+        }
+        arguments = [str(number) for number in (bound, names, records, padding)]
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT, *arguments],
+            cwd=os.path.dirname(os.path.abspath(dotproxy.__file__)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=60,
+        )
+        size, growth = map(int, done.stdout.split())
+        return size / growth
+
+    def test_size_of_100_000_names_is_honest(self) -> None:
+        self.assertAlmostEqual(self.measure(1 << 30, 100_000, 1, 380), 1.0, delta=0.3)
+
+    def test_size_of_large_answers_is_honest(self) -> None:
+        self.assertAlmostEqual(self.measure(1 << 30, 40_000, 30, 0), 1.0, delta=0.3)
+
+    def test_size_stays_honest_as_names_come_and_go(self) -> None:
+        self.assertAlmostEqual(self.measure(1 << 24, 100_000, 1, 0), 1.0, delta=0.3)
+
+
+# ---- Proxy and cache -----------------------------------------------------------------
+# FakeGroup     keeps what is sent until the test says how it ends
+# ProxyTestCase a proxy with one, with a clock and a timer that the test moves
+
+
+class FakeGroup:
+    """Stands for all upstreams: keeps exchanges until the test completes them."""
+
+    def __init__(self) -> None:
+        self.sent: list[Exchange] = []
+        self.waiting: list[Exchange] = []
+        self._complete: Callable[[list[dotproxy.Outcome]], None]
+
+    def join(
+        self,
+        endpoints: object,
+        trust: object,
+        timer: object,
+        complete: Callable[[list[dotproxy.Outcome]], None],
+        **_: object,
+    ) -> FakeGroup:
+        """Be constructed: stands for the class UpstreamGroup."""
+        self._complete = complete
+        return self
+
+    def send(self, exchanges: Sequence[Exchange], now: float) -> None:
+        for exchange in exchanges:
+            exchange.copies = 1
+        self.sent += exchanges
+        self.waiting += exchanges
+
+    def finish(self, build: Callable[[bytes], bytes] | UpstreamError) -> None:
+        """Complete all that waits: with a response to its wire query, or an error."""
+        waiting, self.waiting = self.waiting, []
+        for exchange in waiting:
+            if isinstance(build, UpstreamError):
+                self._complete([(exchange, build)])
+                continue
+            message = build(b"\0\0" + exchange.wire)
+            self._complete([(exchange, read_response(message))])
+
+    def answer(
+        self,
+        *answers: bytes | str,
+        ttl: int = 300,
+        rcode: int = 0,
+        authority: Sequence[bytes] = (),
+    ) -> None:
+        """Answer all that waits."""
+        self.finish(
+            lambda message: response(
+                message, *answers, ttl=ttl, rcode=rcode, authority=authority
+            )
+        )
+
+    def fail(self, cause: str = "reset") -> None:
+        """Fail all that waits."""
+        self.finish(UpstreamError(cause, cause))
+
+
+class ProxyTestCase(DotproxyTestCase):
+    """Asks a proxy without sockets, whose cache knows nothing yet."""
+
+    def setUp(self) -> None:
+        self.build(Cache(1 << 20))
+
+    def build(self, cache: Cache) -> None:
+        """Make the proxy around this cache."""
+        self.clock = Clock()
+        self.timer = ManualTimer(self.clock)
+        self.group = FakeGroup()
+        with mock.patch.object(dotproxy, "UpstreamGroup", self.group.join):
+            self.proxy = Proxy([], TRUST, self.timer, cache, clock=self.clock)
+
+    def ask(self, message: bytes = ASKED, *, stream: bool = False) -> list[Message]:
+        """Ask as a server does; return where the answer is, or will be."""
+        answers: list[Message] = []
+        lookup = self.proxy.lookup_stream if stream else self.proxy.lookup
+        found = lookup(message, self.clock())
+        if isinstance(found, bytes):
+            answers.append(parse(found))
+        else:
+            reply = functools.partial(self.take, answers)
+            self.proxy.resolve([(found, reply)])
+        return answers
+
+    @staticmethod
+    def take(answers: list[Message], message: bytes) -> None:
+        answers.append(parse(message))
+
+    def learn(self, *answers: bytes | str, ttl: int = 10) -> None:
+        """Have an answer to the usual question stored."""
+        self.ask()
+        self.group.answer(*(answers or ["192.0.2.1"]), ttl=ttl)
+        self.group.sent.clear()
+
+    def ttls(self, message: bytes = ASKED) -> list[int]:
+        (answer,) = self.ask(message)
+        return [entry.ttl for entry in answer.answers]
+
+    def addresses(self, message: bytes = ASKED) -> list[str]:
+        return [text for answer in self.ask(message) for text in answer.addresses]
+
+
+def extended_errors(message: Message) -> list[int]:
+    """List the info codes of the Extended DNS Errors."""
+    options = message.opt.options if message.opt else []
+    return [int.from_bytes(data[:2], "big") for code, data in options if code == EDE]
+
+
+class ProxyCacheTest(ProxyTestCase):
+    def test_hit_needs_no_upstream(self) -> None:
+        self.learn()
+
+        self.assertEqual(self.addresses(), ["192.0.2.1"])
+        self.assertEqual(self.group.sent, [])
+
+    def test_hit_over_tcp_needs_no_upstream(self) -> None:
+        self.learn()
+
+        (answer,) = self.ask(stream=True)
+
+        self.assertEqual(answer.addresses, ["192.0.2.1"])
+
+    def test_repeated_datagram_has_the_right_ttl_at_every_time(self) -> None:
+        self.learn(ttl=10)
+
+        for eighth in range(80):
+            with self.subTest(age=eighth / 8):
+                self.assertEqual(self.ttls(), [10 - eighth // 8])
+            self.clock.advance(1 / 8)
+
+    def test_repeated_datagram_does_not_outlive_its_entry(self) -> None:
+        self.build(Cache(1 << 20, fail_ttl=0.5))
+        self.ask()
+        self.group.answer(rcode=2)
+        self.ask()
+        self.clock.advance(0.4)
+        self.assertEqual(len(self.ask()), 1)
+
+        self.clock.advance(0.1)
+
+        self.assertEqual(self.ask(), [])
+
+    def test_repeated_datagram_follows_a_late_first_hit(self) -> None:
+        self.learn(ttl=10)
+        self.clock.advance(0.75)
+        self.assertEqual(self.ttls(), [10])
+
+        self.clock.advance(0.25)
+
+        self.assertEqual(self.ttls(), [9])
+
+    def test_answer_is_the_clients_own(self) -> None:
+        self.learn()
+        for message in (
+            query("wWw.Example.COM", id=7),
+            query("www.EXAMPLE.com", id=8, rd=False),
+            query("www.example.com", id=9, do=False, size=4096),
+        ):
+            for _ in range(2):  # the second time from the hot ones
+                (answer,) = self.ask(message)
+                asked = parse(message)
+
+                self.assertEqual(answer.id, asked.id)
+                self.assertEqual(answer.question, asked.question)
+                self.assertEqual(answer.flags & RD, asked.flags & RD)
+                self.assertEqual(answer.opt is None, asked.opt is None)
+
+    def test_ad_is_for_those_who_ask(self) -> None:
+        self.ask()
+        self.group.finish(lambda message: response(message, "192.0.2.1", ad=True))
+
+        flags = [self.ask(query(ad=ad))[0].flags & AD for ad in (False, True)]
+
+        self.assertEqual(flags, [0, AD])
+
+    def test_do_and_cd_are_asked_for_apart(self) -> None:
+        self.learn()
+
+        for message in (query(do=True), query(cd=True)):
+            self.assertEqual(self.ask(message), [])
+
+    def test_option_that_passes_is_asked_for_apart(self) -> None:
+        self.learn()
+        message = query(do=False, options=option(65001))
+
+        for _ in range(2):
+            self.assertEqual(self.ask(message), [])
+            self.group.answer("192.0.2.2")
+
+        self.assertEqual(self.addresses(), ["192.0.2.1"])
+
+    def test_udp_size_counts_for_cached_answers(self) -> None:
+        text = [record(b"\xc0\x0c", "TXT", bytes(200)) for _ in range(4)]
+        self.learn(*text)
+        for size, fits in ((512, False), (1232, True)):
+            for _ in range(2):
+                with self.subTest(size=size):
+                    (answer,) = self.ask(query(do=False, size=size))
+
+                    self.assertEqual(bool(answer.flags & TC), not fits)
+                    self.assertEqual(len(answer.answers), 4 if fits else 0)
+                    self.assertLessEqual(len(answer.raw), size)
+
+    def test_tcp_gets_the_whole_of_a_cached_answer(self) -> None:
+        self.learn(record(b"\xc0\x0c", "TXT", bytes(5000)))
+        self.ask()
+
+        (answer,) = self.ask(stream=True)
+
+        self.assertEqual(len(answer.answers[0].rdata), 5000)
+
+    def test_query_without_rd_is_answered_from_the_cache(self) -> None:
+        self.learn()
+
+        self.assertEqual(self.addresses(query(rd=False)), ["192.0.2.1"])
+
+    def test_answer_to_a_query_without_rd_is_not_stored(self) -> None:
+        self.ask(query(rd=False))
+        self.group.answer("192.0.2.1")
+
+        self.assertEqual(self.ask(), [])
+
+    def test_bounded_ttl_is_what_the_first_client_gets(self) -> None:
+        self.build(Cache(1 << 20, min_ttl=60))
+        first = self.ask()
+
+        self.group.answer("192.0.2.1", ttl=5)
+
+        self.assertEqual(first[0].answers[0].ttl, 60)
+        self.assertEqual(self.ttls(), [60])
+
+    def test_failure_storm_is_absorbed_for_a_second(self) -> None:
+        for rcode in (2, 5):
+            with self.subTest(rcode=rcode):
+                self.ask()
+                self.group.answer(rcode=rcode)
+                sent = len(self.group.sent)
+
+                answers = [answer for _ in range(100) for answer in self.ask()]
+
+                self.assertEqual([answer.rcode for answer in answers], [rcode] * 100)
+                self.assertEqual(len(self.group.sent), sent)
+                self.clock.advance(1.0)
+
+    def test_time_out_is_absorbed_for_a_second(self) -> None:
+        self.ask()
+        self.group.fail("timeout")
+
+        self.assertEqual(self.ask()[0].rcode, 2)
+        self.clock.advance(1.0)
+        self.assertEqual(self.ask(), [])
+
+    def test_recovery_is_not_delayed_by_a_lost_connection(self) -> None:
+        self.ask()
+
+        self.group.fail("refused")
+
+        self.assertEqual(self.ask(), [])
+
+    def test_cold_name_is_asked_for_once_for_200_clients(self) -> None:
+        clients = [self.ask(query(id=number)) for number in range(200)]
+
+        self.group.answer("192.0.2.1")
+
+        self.assertEqual(len(self.group.sent), 1)
+        self.assertEqual([answer.id for (answer,) in clients], list(range(200)))
+
+    def test_client_whose_lookup_came_too_early_does_not_ask_again(self) -> None:
+        late = self.proxy.lookup(ASKED, self.clock())
+        assert isinstance(late, dotproxy.Query)
+        self.learn()
+        answers: list[bytes] = []
+
+        self.proxy.resolve([(late, answers.append)])  # a worker was busy meanwhile
+
+        self.assertEqual(self.group.sent, [])
+        self.assertEqual([parse(each).addresses for each in answers], [["192.0.2.1"]])
+
+    def test_client_that_comes_while_an_answer_is_stored_does_not_ask_again(
+        self,
+    ) -> None:
+        self.ask()
+        late: list[list[Message]] = []
+        put = Cache.put
+
+        def slow_put(
+            cache: Cache, key: bytes, found: dotproxy.Response, now: float
+        ) -> dotproxy.Response:
+            late.append(self.ask())
+            return put(cache, key, found, now)
+
+        with mock.patch.object(Cache, "put", slow_put):
+            self.group.answer("192.0.2.1")
+
+        self.assertEqual(len(self.group.sent), 1)
+        self.assertEqual([len(answers) for answers in late], [1])
+
+    def test_flush_forgets_ready_answers_as_well(self) -> None:
+        self.learn()
+        for _ in range(3):
+            self.ask()
+
+        with self.assertLogs("dotproxy", logging.INFO) as logs:
+            self.proxy.flush()
+
+        self.assertEqual(self.ask(), [])
+        self.assertIn("cache flushed: entries=1", logs.output[0])
+
+    def test_client_that_asks_during_a_flush_leaves_nothing_behind(self) -> None:
+        self.learn()
+        flush = Cache.flush
+
+        def slow_flush(cache: Cache) -> int:
+            self.ask()
+            return flush(cache)
+
+        with mock.patch.object(Cache, "flush", slow_flush), self.assertLogs("dotproxy"):
+            self.proxy.flush()
+
+        self.assertEqual(self.ask(), [])
+
+    def test_ready_answers_keep_no_large_ones_alive(self) -> None:
+        self.build(Cache(100_000))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+
+        for number in range(50):
+            message = query(f"{number}.test")
+            self.ask(message)
+            self.group.answer(record(b"\xc0\x0c", "TXT", bytes(50_000)))
+            self.group.sent.clear()
+            self.ask(message)
+
+        self.assertLess(tracemalloc.get_traced_memory()[0], 500_000)
+
+
+class ProxyStaleTest(ProxyTestCase):
+    """A proxy that knows an answer of 10 s, which is over."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.learn()
+        self.clock.advance(11.0)
+
+    def expect_stale(self, answers: list[Message]) -> None:
+        self.assertEqual([answer.addresses for answer in answers], [["192.0.2.1"]])
+        self.assertEqual(answers[0].answers[0].ttl, 30)
+
+    def test_upstream_is_asked_first(self) -> None:
+        client = self.ask()
+        self.assertEqual(client, [])
+
+        self.group.answer("192.0.2.2")
+
+        self.assertEqual(client[0].addresses, ["192.0.2.2"])
+        self.assertEqual(self.addresses(), ["192.0.2.2"])
+
+    def test_stale_answer_comes_after_1_8_seconds(self) -> None:
+        client = self.ask()
+        self.timer.advance(1.79)
+        self.assertEqual(client, [])
+
+        self.timer.advance(0.03)
+
+        self.expect_stale(client)
+
+    def test_stale_answer_comes_at_once_when_the_upstreams_fail(self) -> None:
+        for cause in ("refused", "timeout"):
+            with self.subTest(cause):
+                self.setUp()
+                client = self.ask()
+
+                self.group.fail(cause)
+
+                self.expect_stale(client)
+
+    def test_failure_from_the_upstream_does_not_replace_stale_data(self) -> None:
+        for rcode in (1, 2, 4, 5):
+            with self.subTest(rcode=rcode):
+                self.setUp()
+                client = self.ask()
+
+                self.group.answer(rcode=rcode)
+
+                self.expect_stale(client)
+                self.expect_stale(self.ask())
+
+    def test_everybody_who_waits_gets_the_stale_answer(self) -> None:
+        clients = [self.ask(query(id=number)) for number in range(10)]
+
+        self.group.fail()
+
+        for client in clients:
+            self.expect_stale(client)
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_only_edns_clients_are_told_why(self) -> None:
+        plain, edns = self.ask(), self.ask(query(do=False))
+
+        self.group.fail()
+
+        self.assertIsNone(plain[0].opt)
+        self.assertEqual(extended_errors(edns[0]), [3])
+
+    def test_fresh_answer_has_no_extended_error(self) -> None:
+        client = self.ask(query(do=False))
+
+        self.group.answer("192.0.2.2")
+
+        self.assertEqual(extended_errors(client[0]), [])
+
+    def test_later_clients_do_not_wait(self) -> None:
+        self.ask()
+        self.timer.advance(2.0)
+
+        self.expect_stale(self.ask())
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_refresh_goes_on_behind_the_stale_answer(self) -> None:
+        client = self.ask()
+        self.timer.advance(2.0)
+
+        self.group.answer("192.0.2.2")
+
+        self.assertEqual(len(client), 1)
+        self.assertEqual(self.addresses(), ["192.0.2.2"])
+
+    def test_name_is_refreshed_every_30_seconds_at_most(self) -> None:
+        self.ask()
+        self.group.fail()
+        for _ in range(298):
+            self.timer.advance(0.1)
+            self.expect_stale(self.ask())
+        self.assertEqual(len(self.group.sent), 1)
+
+        for _ in range(298):
+            self.timer.advance(0.1)
+            self.expect_stale(self.ask())
+            self.group.fail("timeout")
+
+        self.assertEqual(len(self.group.sent), 2)
+
+    def test_recovered_upstream_gives_fresh_answers_after_30_seconds(self) -> None:
+        self.ask()
+        self.group.fail()
+        self.timer.advance(30.0)
+        self.expect_stale(self.ask())  # nobody waits for the refresh
+        self.timer.advance(0.1)
+
+        self.group.answer("192.0.2.2")
+
+        self.assertEqual(self.addresses(), ["192.0.2.2"])
+
+    def test_recovery_with_an_answer_that_may_not_be_stored_counts(self) -> None:
+        self.ask()
+        self.group.fail()
+        self.timer.advance(30.0)
+        self.ask()
+        self.timer.advance(0.1)
+
+        self.group.answer("192.0.2.2", ttl=0)
+
+        self.assertEqual(self.ask(), [])  # it is asked for, not answered from old data
+
+    def test_stale_answer_has_an_end(self) -> None:
+        self.ask()
+        self.group.fail()
+
+        self.clock.advance(86400.0)
+
+        self.assertEqual(self.ask(), [])
+        self.group.fail()
+        self.assertEqual(len(self.group.sent), 2)
+
+    def test_stale_answers_can_be_turned_off(self) -> None:
+        self.build(Cache(1 << 20, stale=0))
+        self.learn()
+        self.clock.advance(10.0)
+        client = self.ask()
+        self.timer.advance(2.0)
+        self.assertEqual(client, [])
+
+        self.group.fail()
+
+        self.assertEqual(client[0].rcode, 2)
+
+    def test_expired_nxdomain_is_served_too(self) -> None:
+        other = query("none.example.com", do=False)
+        self.ask(other)
+        self.group.answer(rcode=3, authority=[soa(minimum=10)])
+        self.clock.advance(11.0)
+        client = self.ask(other)
+
+        self.group.fail()
+
+        self.assertEqual(client[0].rcode, 3)
+        self.assertEqual([entry.ttl for entry in client[0].authority], [30])
+        self.assertEqual(extended_errors(client[0]), [19])
+
+    def test_query_without_rd_gets_no_stale_answer(self) -> None:
+        client = self.ask(query(rd=False))
+        self.timer.advance(2.0)
+        self.assertEqual(client, [])
+
+        self.group.fail()
+
+        self.assertEqual(client[0].rcode, 2)
+
+    def test_query_without_rd_does_not_end_the_stale_answer(self) -> None:
+        self.ask(query(rd=False))
+        self.group.answer("192.0.2.2", ttl=0)
+        client = self.ask()
+
+        self.group.fail()
+
+        self.expect_stale(client)
+
+    def test_stale_answer_respects_the_udp_size(self) -> None:
+        self.learn_large()
+        client, other = self.ask(), self.ask(stream=True)
+
+        self.group.fail()
+
+        self.assertTrue(client[0].flags & TC)
+        self.assertEqual(len(other[0].answers), 4)
+
+    def learn_large(self) -> None:
+        self.build(Cache(1 << 20))
+        self.learn(*[record(b"\xc0\x0c", "TXT", bytes(200), 10) for _ in range(4)])
+        self.clock.advance(11.0)
+
+
+class ProxyPrefetchTest(ProxyTestCase):
+    """A proxy that knows an answer of 100 s."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.learn(ttl=100)
+
+    def ask_at(self, age: float, message: bytes = ASKED) -> list[Message]:
+        """Ask at this age of the answer; then let the timer do what is due."""
+        self.timer.advance(1000.0 + age - self.clock())
+        answers = self.ask(message)
+        self.timer.advance(0.1)
+        return answers
+
+    def test_popular_entry_is_refreshed_near_its_end(self) -> None:
+        self.ask_at(50)
+
+        client = self.ask_at(90)
+
+        self.assertEqual([answer.answers[0].ttl for answer in client], [10])
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_new_answer_takes_the_place_of_the_old(self) -> None:
+        self.ask_at(50)
+        self.ask_at(90)
+
+        self.group.answer("192.0.2.2", ttl=100)
+
+        self.assertEqual(self.ask_at(91)[0].addresses, ["192.0.2.2"])
+        self.assertEqual(self.ask_at(180)[0].answers[0].ttl, 11)
+
+    def test_refresh_is_sent_once(self) -> None:
+        for age in (50, 90, 91, 92, 99):
+            self.ask_at(age)
+
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_failed_refresh_is_not_repeated(self) -> None:
+        self.ask_at(50)
+        self.ask_at(90)
+        self.group.answer(rcode=2)
+
+        client = self.ask_at(95)
+
+        self.assertEqual(client[0].addresses, ["192.0.2.1"])
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_hit_before_the_last_tenth_refreshes_nothing(self) -> None:
+        for age in (10, 50, 89.8):
+            self.ask_at(age)
+
+        self.assertEqual(self.group.sent, [])
+
+    def test_ready_answer_does_not_hide_the_last_tenth(self) -> None:
+        self.build(Cache(1 << 20))
+        self.learn(ttl=5)  # its last tenth begins within a second
+        self.ask_at(4.25)
+
+        self.ask_at(4.5)
+
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_second_hit_in_the_last_tenth_counts_at_once(self) -> None:
+        for age in (90.25, 90.5):
+            self.ask_at(age)
+
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_unpopular_entry_is_not_refreshed(self) -> None:
+        self.ask_at(95)
+
+        self.assertEqual(self.group.sent, [])
+
+    def test_repeated_datagrams_make_an_entry_popular(self) -> None:
+        for _ in range(2):
+            self.ask_at(89.5)  # the second time from the ready ones
+
+        self.ask_at(91)
+
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_query_without_rd_refreshes_nothing(self) -> None:
+        self.ask_at(50)
+        self.ask_at(95, query(rd=False))
+        self.assertEqual(self.group.sent, [])
+
+        self.ask_at(96)
+
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_client_that_joins_a_refresh_gets_a_stale_answer_in_time(self) -> None:
+        self.ask_at(50)
+        self.ask_at(99)
+
+        client = self.ask_at(100.5)
+        self.assertEqual(client, [])
+        self.timer.advance(1.8)
+
+        self.assertEqual(client[0].addresses, ["192.0.2.1"])
+        self.assertEqual(client[0].answers[0].ttl, 30)
+
+    def test_client_that_joins_a_refresh_gets_a_stale_answer_on_failure(self) -> None:
+        self.ask_at(50)
+        self.ask_at(99)
+        client = self.ask_at(100.5)
+
+        self.group.fail()
+
+        self.assertEqual(client[0].addresses, ["192.0.2.1"])
+        self.assertEqual(len(self.group.sent), 1)
+
+
+# ---- Any query, any age: a slow, obvious model ---------------------------------------
+# Sample      a random response, and what a client may see of it
+# Reference   what the cache has to do, from the parsed messages and the written rules
+# PropertyTest asks both, and compares what comes out field by field
+
+FAILURES = (1, 2, 4, 5)
+NAMES = ("www.example.com", "a.test", "long-label.sub.example.net", "b.a.test")
+HOP_BY_HOP = (8, 10, 11, 12)
+Fields = tuple[int, int, int, bytes, list[Record], list[Record], list[Record], object]
+
+
+def fields(message: Message) -> Fields:
+    """Return all that a client can see in a message."""
+    return (
+        *(message.id, message.flags, message.rcode, message.question),
+        *(message.answers, message.authority, message.additional, message.opt),
+    )
+
+
+class Sample(NamedTuple):
+    """A random response."""
+
+    wire: bytes
+    shown: bytes  # without OPT and what follows it
+    rcode: int
+    options: list[tuple[int, bytes]]  # those that pass
+
+
+class Generator:
+    """Makes random messages."""
+
+    TTLS = (1, 2, 9, 10, 30, 60, 300, 300, 3600, 7200, 10**6, 0x7FFFFFFF)
+
+    def __init__(self, numbers: random.Random) -> None:
+        self.numbers = numbers
+        self.ends = 0.0  # a chance for TTLs that may not be stored
+
+    def odds(self, chance: float) -> bool:
+        return self.numbers.random() < chance
+
+    def query(self) -> bytes:
+        """Make a query that is like others but for details."""
+        choose = self.numbers.choice
+        name = choose(NAMES)
+        if self.odds(0.3):
+            name = "".join(choose((str.upper, str.lower))(letter) for letter in name)
+        options = choose((b"", b"", b"", option(10, bytes(8)), option(11)))
+        if self.odds(0.05):
+            options += option(65001, b"data")
+        return query(
+            name,
+            choose(("A", "A", "TXT")),
+            id=self.numbers.randrange(65536),
+            rd=not self.odds(0.1),
+            ad=self.odds(0.3),
+            cd=self.odds(0.1),
+            do=choose((None, None, False, True)),
+            size=choose((0, 512, 700, 1232, 4096)),
+            options=options,
+        )
+
+    def ttl(self) -> int:
+        if self.odds(self.ends):
+            return self.numbers.choice((0, 1 << 31, (1 << 32) - 1))
+        return self.numbers.choice(self.TTLS)
+
+    def owner(self, question: bytes) -> bytes:
+        """Make an owner name: in full, or by a pointer into the question."""
+        parent = 12 + 1 + question[0]
+        pointer = struct.pack("!H", 0xC000 | self.numbers.choice((12, parent)))
+        return self.numbers.choice((pointer, b"\3fTp" + pointer, encode_name("N.test")))
+
+    def record(self, question: bytes) -> bytes:
+        rrtype, rdata = self.numbers.choice(
+            (
+                ("A", b"\xc0\0\2\1"),
+                ("CNAME", b"\xc0\x0c"),
+                ("TXT", bytes(self.numbers.randrange(400))),
+            )
+        )
+        return record(self.owner(question), rrtype, rdata, self.ttl())
+
+    def records(self, question: bytes, most: int) -> list[bytes]:
+        count = self.numbers.randrange(most + 1)
+        return [self.record(question) for _ in range(count)]
+
+    def response(self, asked: bytes) -> Sample:
+        """Make a response to a query."""
+        choose, question = self.numbers.choice, parse(asked).question
+        self.ends = choose((0.0, 0.0, 0.0, 0.3))
+        rcode = choose((0,) * 12 + (3,) * 4 + (1, 2, 2, 2, 4, 5, 9, 16, 23))
+        answers = self.records(question, 0 if rcode else choose((0, 3)))
+        authority = self.records(question, choose((0, 2)))
+        if self.odds(0.2 if answers else 0.8):
+            minimum = choose((0, 5, 60, 10**6))
+            authority.append(soa(ttl=self.ttl(), minimum=minimum))
+        additional = self.records(question, choose((0, 2)))
+        if self.odds(0.1):
+            additional.append(soa())
+        if rcode in FAILURES:
+            authority = additional = []  # their records, if any, mean nothing
+        codes = [code for code in (3, 10, 11, 12, 15) if self.odds(0.2)]
+        options = [(code, bytes(10)) for code in codes]
+        opt: list[bytes] = []
+        if rcode > 15 or self.odds(0.8):
+            packed = b"".join(option(*each) for each in options)
+            opt = [record(".", OPT, packed, rcode >> 4 << 24, 1232)]
+            opt += self.records(question, choose((0, 0, 0, 1)))
+        else:
+            options = []
+        build = functools.partial(
+            response,
+            asked,
+            *answers,
+            rcode=rcode & 15,
+            authority=authority,
+            edns=False,
+            aa=self.odds(0.5),
+            ad=self.odds(0.5),
+            tc=self.odds(0.03),
+        )
+        passed = [each for each in options if each[0] not in HOP_BY_HOP]
+        wire = build(additional=additional + opt)
+        return Sample(wire, build(additional=additional), rcode, passed)
+
+
+class Stored:
+    """What the reference keeps of a response."""
+
+    def __init__(self, sample: Sample, now: float, life: float) -> None:
+        self.sample = sample
+        self.at = now
+        self.life = life
+        self.expires = now + life
+        self.hits = 0
+        self.refreshed = False
+        self.retry_at = 0.0  # once a refresh failed
+
+
+class Reference:
+    """The cache as its rules are written, one after the other."""
+
+    def __init__(
+        self, low: int, high: int, *, stale: float, fail_ttl: float = 1.0
+    ) -> None:
+        self.low, self.high, self.stale, self.fail_ttl = low, high, stale, fail_ttl
+        self.entries: dict[object, Stored] = {}
+
+    def key(self, asked: Message) -> object:
+        """Return what makes a question the same, or None if it bypasses the cache."""
+        options = asked.opt.options if asked.opt else []
+        if any(code not in HOP_BY_HOP for code, _ in options):
+            return None
+        secure = bool(asked.opt and asked.opt.flags & DO)
+        name = asked.qname.lower()
+        return name, asked.qtype, asked.qclass, secure, bool(asked.flags & CD)
+
+    def live(self, asked: Message, now: float) -> Stored | None:
+        """Return what answers a query at once; count the hit."""
+        entry = self.entries.get(self.key(asked))
+        if entry is None or now >= entry.expires:
+            return None
+        entry.hits += 1
+        return entry
+
+    def expired(self, asked: Message, now: float) -> Stored | None:
+        """Return what may answer a query if no upstream does."""
+        entry = self.entries.get(self.key(asked))
+        if entry is None or now < entry.expires or not asked.flags & RD:
+            return None
+        if now >= entry.expires + self.stale or entry.sample.rcode in FAILURES:
+            del self.entries[self.key(asked)]
+            return None
+        return entry
+
+    def wants_refresh(self, asked: Message, entry: Stored, now: float) -> bool:
+        """Tell whether a hit starts a refresh in the background, and note that."""
+        if now >= entry.expires:
+            wanted = now >= entry.retry_at
+            if wanted:
+                entry.retry_at = now + 30
+            return wanted
+        popular = entry.hits >= 2 and entry.sample.rcode not in FAILURES
+        late = now >= entry.at + entry.life * 0.9
+        if not (popular and late and asked.flags & RD) or entry.refreshed:
+            return False
+        entry.refreshed = True
+        return True
+
+    def learn(self, asked: Message, sample: Sample, now: float) -> Stored:
+        """Take in a response; return it as it is to be served."""
+        key, life = self.key(asked), self.life(sample)
+        entry = Stored(sample, now, life)
+        if key is None or not asked.flags & RD:
+            entry.life = 0
+        elif sample.rcode in FAILURES:
+            old = self.entries.get(key)
+            if old is None or old.sample.rcode in FAILURES:
+                self.entries[key] = entry
+        elif life:
+            self.entries[key] = entry
+        elif sample.rcode in (0, 3) and not parse(sample.shown).flags & TC:
+            self.entries.pop(key, None)
+        return entry
+
+    def life(self, sample: Sample) -> float:
+        message = parse(sample.shown)
+        if message.flags & TC:
+            return 0
+        if sample.rcode in FAILURES:
+            return self.fail_ttl
+        records = message.answers + message.authority + message.additional
+        ttls = [0 if entry.ttl >> 31 else entry.ttl for entry in records]
+        told = self.negative_ttl(message)
+        if told is not None:
+            ttls += [told, 3600]
+        elif sample.rcode == 3 or not message.answers:
+            return 0
+        if sample.rcode not in (0, 3) or min(ttls) == 0:
+            return 0
+        return min(max(min(ttls), self.low), self.high)
+
+    @staticmethod
+    def negative_ttl(message: Message) -> int | None:
+        for entry in message.authority:
+            if entry.type == 6:
+                return min(entry.ttl, int.from_bytes(entry.rdata[-4:], "big"))
+        return None
+
+    def served_ttl(self, entry: Stored, ttl: int, now: float) -> int:
+        """Return the TTL of a record that came with this one."""
+        if not entry.life:
+            return ttl  # not stored, and passed on as it came
+        if now >= entry.expires:
+            return 30
+        told = self.negative_ttl(parse(entry.sample.shown))
+        high = self.high if told is None else min(told, 3600, self.high)
+        bounded = max(min(ttl, high), min(self.low, self.high))
+        return max(0, bounded - int(now - entry.at))
+
+    def answer(self, asked: Message, stream: bool, entry: Stored, now: float) -> Fields:
+        """Return what a client gets from this entry."""
+        sample = entry.sample
+        shown = sample.shown
+        end = 12 + len(asked.question)
+        message = parse(shown[:12] + asked.question + shown[end:])
+        stale = bool(entry.life) and now >= entry.expires
+        flags = message.flags & ~(RD | AD | CD) | asked.flags & (RD | CD)
+        if asked.flags & AD or (asked.opt and asked.opt.flags & DO):
+            flags |= message.flags & AD
+        sections = [
+            [
+                each._replace(ttl=self.served_ttl(entry, each.ttl, now))
+                for each in section
+            ]
+            for section in (message.answers, message.authority, message.additional)
+        ]
+        own: list[tuple[int, bytes]] = []
+        if stream and asked.opt and any(code == 11 for code, _ in asked.opt.options):
+            own = [(11, (100).to_bytes(2, "big"))]
+        passed = list(sample.options)
+        if stale:
+            info = 19 if sample.rcode == 3 else 3
+            passed.append((EDE, info.to_bytes(2, "big") + b"no upstream answers"))
+        size = len(shown)
+        if asked.opt:
+            size += 11 + sum(4 + len(data) for _, data in passed + own)
+        limit = 65535 if stream else 512
+        if asked.opt and not stream:
+            limit = max(512, min(asked.opt.size, 1232))
+        if size > limit:
+            flags, sections, passed = flags | TC, [[], [], []], []
+        rcode, opt = sample.rcode, None
+        if asked.opt:
+            opt = Opt(1232, 0, asked.opt.flags & DO, passed + own)
+        elif rcode > 15:  # it cannot be told
+            rcode = 2
+            flags = flags & ~RCODE_MASK | rcode
+        answers, authority, additional = sections
+        return (
+            *(asked.id, flags, rcode, asked.question),
+            *(answers, authority, additional, opt),
+        )
+
+
+class PropertyTest(ProxyTestCase):
+    """Puts random responses in, asks at random times; compares with the reference."""
+
+    AGES = (0, 0, 0, 0.125, 0.5, 0.875, 1, 2.5, 8, 9.5, 30, 55, 299, 3599, 90000.0)
+
+    def start(self, seed: int) -> None:
+        self.seed = seed
+        self.generator = Generator(random.Random(seed))
+        self.seen = {"hit": 0, "stale": 0, "miss": 0, "refresh": 0}
+        odds = self.generator.odds
+        low, high = 20 if odds(0.3) else 0, 3000 if odds(0.3) else 604800
+        stale = 0.0 if odds(0.2) else 86400.0
+        self.build(Cache(1 << 20, min_ttl=low, max_ttl=high, stale=stale))
+        self.reference = Reference(low, high, stale=stale)
+        self.pool = [self.generator.query() for _ in range(12)]
+
+    def step(self) -> None:
+        """Ask one question, answer what goes upstream, compare what comes out."""
+        self.wait(self.generator.numbers.choice(self.AGES))
+        message = self.generator.numbers.choice(self.pool)
+        message = self.generator.numbers.randbytes(2) + message[2:]
+        stream = self.generator.odds(0.2)
+        asked, now = parse(message), self.clock()
+        answers = self.ask(message, stream=stream)
+        entry = self.reference.live(asked, now)
+        old = None if entry else self.reference.expired(asked, now)
+        if entry or (old and old.retry_at):
+            self.expect(answers, asked, stream, entry or old, now)
+            self.seen["hit" if entry else "stale"] += 1
+            self.refresh(asked, entry or old, now)
+        else:
+            self.assertEqual(answers, [], f"seed {self.seed}")
+            self.seen["miss"] += 1
+            self.resolve(answers, asked, stream, old)
+
+    def expect(
+        self,
+        answers: list[Message],
+        asked: Message,
+        stream: bool,
+        entry: Stored | None,
+        now: float,
+    ) -> None:
+        assert entry is not None
+        wanted = self.reference.answer(asked, stream, entry, now)
+        found = [fields(answer) for answer in answers]
+        self.assertEqual(found, [wanted], f"seed {self.seed}")
+
+    def refresh(self, asked: Message, entry: Stored | None, now: float) -> None:
+        """Answer the refresh that this hit started, if it did."""
+        assert entry is not None
+        wanted = self.reference.wants_refresh(asked, entry, now)
+        self.wait(0.125)
+        self.assertEqual(len(self.group.waiting), int(wanted), f"seed {self.seed}")
+        if wanted:
+            self.seen["refresh"] += 1
+            self.reference.learn(asked, self.finish(), self.clock())
+            self.wait(1.0)  # an answer kept ready may stay for a second
+
+    def resolve(
+        self, answers: list[Message], asked: Message, stream: bool, old: Stored | None
+    ) -> None:
+        """Answer the question of a client that waits."""
+        self.assertEqual(len(self.group.waiting), 1)
+        patience = self.clock() + Cache.STALE_AFTER
+        self.wait(self.generator.numbers.choice((0, 0, 0.125, 2.0)))
+        late = old is not None and self.clock() > patience
+        if late:
+            self.expect(answers, asked, stream, old, self.clock())
+        sample = self.finish()
+        now = self.clock()
+        entry = self.reference.learn(asked, sample, now)
+        if old and late:
+            old.retry_at = patience + 30
+        if old and sample.rcode in FAILURES:
+            old.retry_at = now + 30
+            entry = old
+        if not late:
+            self.expect(answers, asked, stream, entry, now)
+
+    def finish(self) -> Sample:
+        """Answer what waits with a random response; return that."""
+        (exchange,) = self.group.waiting
+        sample = self.generator.response(b"\0\0" + exchange.wire)
+        self.group.finish(lambda _: sample.wire)
+        return sample
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, in eighths of a second: sums of them are exact."""
+        self.timer.advance(seconds)
+        self.clock.now = round(self.clock.now * 8) / 8
+
+    def test_whatever_comes_out_is_what_the_rules_say(self) -> None:
+        seen: collections.Counter[str] = collections.Counter()
+        for seed in range(25):
+            self.start(seed)
+            for _ in range(100):
+                self.step()
+            seen.update(self.seen)
+
+        self.assertGreater(min(seen.values()), 30, seen)
+
+
+# ---- Outage, with a real upstream ----------------------------------------------------
+
+
+class SkippingClock:
+    """The monotonic clock, but for the time that a test skips."""
+
+    def __init__(self) -> None:
+        self._skipped = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._skipped
+
+    def skip(self, seconds: float) -> None:
+        self._skipped += seconds
+
+
+class OutageTest(DotproxyTestCase):
+    """A proxy over TLS whose upstream goes away and comes back."""
+
+    def setUp(self) -> None:
+        self.clock = SkippingClock()
+        for name, seconds in (("STALE_AFTER", 0.4), ("STALE_RETRY", 0.3)):
+            patch = mock.patch.object(Cache, name, seconds)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    @contextlib.contextmanager
+    def running(self, upstream: FakeUpstream) -> Iterator[None]:
+        """Have a proxy for this upstream, with its threads."""
+        timer = dotproxy.Timer(self.clock)
+        endpoint = dotproxy.Endpoint(*upstream.address, "dot.test")
+        self.proxy = Proxy(
+            [endpoint], TRUST, timer, Cache(1 << 20), clock=self.clock, timeout=3.0
+        )
+        timer.start()
+        self.proxy.start()
+        try:
+            yield
+        finally:
+            self.proxy.drain(5.0)
+            self.proxy.close()
+            timer.close()
+
+    def ask(self) -> tuple[list[str], float]:
+        """Return the addresses of the usual name, and how long that took."""
+        start = time.monotonic()
+        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        found = self.proxy.lookup(ASKED, self.clock())
+        if isinstance(found, bytes):
+            answers.put(found)
+        else:
+            self.proxy.resolve([(found, answers.put)])
+        addresses = parse(answers.get(timeout=5.0)).addresses
+        return addresses, time.monotonic() - start
+
+    def expect_known_answer(self) -> None:
+        addresses, first = self.ask()
+        again, later = self.ask()
+
+        self.assertEqual((addresses, again), (["192.0.2.1"], ["192.0.2.1"]))
+        self.assertLess(first, 1.0)  # 2.0 with the usual STALE_AFTER
+        self.assertLess(later, 0.1)
+
+    def expect_fresh_answer(self) -> None:
+        """Ask on until the answer is the new one: that may not take long."""
+        deadline = time.monotonic() + 4.0
+        while self.ask()[0] != ["192.0.2.2"]:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.02)
+
+    def test_known_name_survives_an_upstream_that_is_gone(self) -> None:
+        with FakeUpstream() as upstream, self.running(upstream):
+            self.ask()
+            self.clock.skip(301.0)
+            upstream.stop()
+
+            self.expect_known_answer()
+            upstream.script = "192.0.2.2"
+            upstream.start()
+
+            self.expect_fresh_answer()
+
+    def test_known_name_survives_an_upstream_that_is_silent(self) -> None:
+        with FakeUpstream() as upstream, self.running(upstream):
+            self.ask()
+            self.clock.skip(301.0)
+            upstream.script = silence
+
+            self.expect_known_answer()
+            upstream.script = "192.0.2.2"
+
+            self.expect_fresh_answer()
 
 
 # ---- Servers -------------------------------------------------------------------------
