@@ -746,7 +746,7 @@ class Cache:
             heapq.heappush(self._expiries, (entry.expires, key))
             if self._size > self._max_bytes:
                 self._shrink_locked(now)
-            if len(self._expiries) > 2 * len(self._entries) + 64:
+            if len(self._expiries) > len(self._entries) * 3 // 2 + 64:
                 self._tidy_locked()
         if response.ttl == ttl and response.longest_ttl == ttl:
             return response
@@ -824,8 +824,12 @@ class Cache:
 
     def _tidy_locked(self) -> None:
         """Drop what the heap has on entries that are gone or were replaced."""
-        entries = self._entries.items()
-        self._expiries = [(entry.expires, key) for key, entry in entries]
+        entries = self._entries
+        self._expiries = [
+            item
+            for item in self._expiries
+            if (entry := entries.get(item[1])) and entry.expires == item[0]
+        ]
         heapq.heapify(self._expiries)
 
     def _victim_locked(self, now: float) -> bytes:
@@ -849,9 +853,9 @@ class ProcessorBinding:
 
     Under the GIL only one of them can run at a time, yet each system call may hand it
     to a thread on another processor, and waking that costs more than the call: 47 us of
-    CPU and 20 k queries/s for uncached queries on two processors, 35 us and 28 k on one.
-    The kernel moves other work away. Answers from the cache gain nothing: one thread
-    gives them.
+    CPU and 20 k queries/s for uncached queries on two processors, 35 us and 28 k on
+    one. The kernel moves other work away. Answers from the cache gain nothing: one
+    thread gives them.
     """
 
     BUSY, QUIET = 4000.0, 1000.0  # queries/s sent upstream that bind and set free

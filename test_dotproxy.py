@@ -3745,6 +3745,19 @@ class FaultTest(ScenarioTestCase):
             self.assert_right(results, 100)
             self.assertLess(max(r.elapsed for r in results), 0.3)
 
+    @staticmethod
+    def wait_until_replaced(
+        upstream: FakeUpstream, used: FakeConnection, seen: int
+    ) -> None:
+        """Wait until a connection is closed and another one is ready."""
+        upstream.wait_for(lambda _: used.closed)
+        upstream.wait_for(
+            lambda u: (
+                u.connections > seen
+                and any(c.version and not c.queries for c in u.live)
+            )
+        )
+
     def test_idle_closes_are_not_noticed(self) -> None:
         with (
             FakeUpstream(idle_timeout=0.3) as upstream,
@@ -3753,15 +3766,8 @@ class FaultTest(ScenarioTestCase):
             results = []
             for _ in range(6):
                 results.append(client.ask())
-                seen = upstream.connections
-                used = upstream.queries and upstream.accepted[-1]
-                upstream.wait_for(lambda u, used=used: used.closed)  # type: ignore[misc]
-                upstream.wait_for(
-                    lambda u, seen=seen: (
-                        u.connections > seen  # type: ignore[misc]
-                        and any(c.version and not c.queries for c in u.live)
-                    )
-                )
+                seen, used = upstream.connections, upstream.accepted[-1]
+                self.wait_until_replaced(upstream, used, seen)
 
             self.assert_right(results, 6)
             self.assertLess(max(r.elapsed for r in results[2:]), 0.04)
