@@ -5,49 +5,61 @@ The path of a query
 
     UDP datagrams
       UDPServer.get_request         drain the socket: one request = one batch
-      UDPServer.process_request     WorkerPool.submit(batch)  full -> drop       [udp]
-      UDPHandler.handle             parse_query  FormatError -> FORMERR       [worker]
+      UDPServer.process_request     Proxy.lookup: from the cache -> sendto, done   [udp]
+                                    WorkerPool.submit(the rest)    full -> drop
+      UDPHandler.handle             Proxy.resolve                               [worker]
         Proxy.resolve               join the same question in flight, or a new Exchange
         UpstreamGroup.send          pick an upstream and one of its connections
-        Connection.send             assign an ID, append the frame, flush if nobody does
-      ... the handler thread is free ...
-      Connection._run               receive, decrypt, match ID and question [upstream]
-        UpstreamGroup.answered      good: complete; SERVFAIL or REFUSED: ask another
-        Proxy.complete              once: build the response for everyone who waits
+        Connection.send             assign an ID, put the frame in the Outbox, which is
+                                    flushed by whoever finds no flush under way
+      ... the worker is free ...
+      Connection._read              receive, decrypt, match ID and question   [upstream]
+        connection_answered         SERVFAIL or REFUSED: ask another upstream
+        Proxy.complete              once: Cache.put, and an answer for all who wait
         reply                       sendto; never blocks
-      Timer                         hedge, retry, SERVFAIL at the deadline      [timer]
+      Timer                         hedge, retry, stale answer, SERVFAIL at the deadline
 
-    TCP clients enter at the same Proxy.resolve, from StreamHandler, with another reply.
+    TCP clients enter at the same lookup and resolve, from StreamHandler, with another
+    reply. lookup parses; what cannot be parsed is answered FORMERR on the spot.
 
-Three contracts carry the design
+Contracts that carry the design
 
+    Proxy.lookup(message)    never blocks, does no I/O, never raises.
     Proxy.resolve(queries)   never blocks; every `reply` is called exactly once, by
                              whichever thread has the answer, SERVFAIL at worst.
     reply(response)          never blocks, never raises; an answer that its client
                              cannot take is dropped.
     Exchange                 one question in flight. Lost connection, time-out, hedging
                              and giving up all mean "send it again, or fail it".
+    Plan                     what was decided under UpstreamGroup's lock, on memory
+                             alone, to be carried out after it is released.
 
 Threads
 
     main          waits for signals
     udp-*, tcp-*  one per listening socket: receive datagrams, accept connections
-    worker-*      pool: parse and send a batch of UDP queries
+    worker-*      pool: send a batch of UDP queries
     stream-*      pool: one per connected TCP client, reads its queries
     upstream-*    one per upstream connection: connects, shakes hands, reads, replies
     timer         whatever has to happen later
 
-Locks (none is ever held while another is taken, or over I/O, a callback or a log call)
+Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
+but for Line's, over system calls that do not wait)
 
+    Cache._lock          entries, their order and their size
     Proxy._lock          questions in flight and who waits for them
-    UpstreamGroup._lock  upstreams, their health and connections; the retry state of
-                         exchanges; those that wait for a connection; hedge budget
-    Connection._lock     pending IDs, frames to send, who flushes
-    Connection._tls_lock the TLS object and its two memory BIOs
-    Timer._condition     the heap of what is due
-    WorkerPool._lock     number of threads, of idle ones and of queued tasks
+    UpstreamGroup._lock  Fleet, Dispatcher and Quarantine: upstreams, their health and
+                         connections, the retry state of exchanges
+    Connection._lock     pending IDs
+    Outbox._lock         frames to send, who flushes
+    TLSChannel._lock     the TLS object and its two memory buffers
+    Line._lock           the socket, against being closed while another thread uses it
+    Timer._condition     what is due
+    WorkerPool._lock     number of threads, of idle ones and of waiting tasks
     TCPServer._lock      connected clients
     StreamHandler._lock  octets that the client has not taken yet, queries in flight
+
+    Shelf has no lock: its table is a dict of which only single operations are used.
 """
 
 from __future__ import annotations
@@ -1124,6 +1136,7 @@ def describe_tls_error(error: ssl.SSLError, trust: Trust) -> UpstreamError:
 
 
 Reply = Callable[[bytes], None]
+Waiter = tuple[Query, Reply]
 
 
 class Exchange:
@@ -1155,7 +1168,7 @@ class Exchange:
         self.wire = build_upstream_query(query)
         self.started = self.sent = now
         self.deadline = deadline
-        self.waiters: list[tuple[Query, Reply]] = []
+        self.waiters: list[Waiter] = []
         self.done = self.suspect = False
         self.copies = self.live = self.losses = 0
         self.avoid: Connection | None = None
@@ -2703,70 +2716,46 @@ def failure_response(error: UpstreamError) -> Response:
     return error_response(Rcode.SERVFAIL, build_option(error.info, str(error)))
 
 
-def answer_all(waiters: Sequence[tuple[Query, Reply]], response: Response) -> None:
+def answer_all(waiters: Sequence[Waiter], response: Response) -> None:
     """Answer everyone who waits."""
     for query, reply in waiters:
         reply(build_answer(query, response))
 
 
-class Proxy:
-    """Answers from the cache, or has a question asked once for everyone who waits."""
+def greediest(
+    exchanges: Iterable[Exchange], number: int
+) -> list[tuple[Exchange, Waiter]]:
+    """Return so many of those who wait: of the busiest client first, the oldest first.
+
+    `exchanges` are in order of age.
+    """
+    everybody = [
+        (exchange, waiter) for exchange in exchanges for waiter in exchange.waiters
+    ]
+    clients = collections.Counter(waiter[0].client for _, waiter in everybody)
+    everybody.sort(key=lambda entry: -clients[entry[1][0].client])
+    return everybody[:number]
+
+
+class Shelf:
+    """Gives the answers that can be had from the cache, at once.
+
+    Any thread may call any method: none blocks or does I/O. `refresh` is called by the
+    timer for a query whose answer should be asked for again.
+    """
 
     MAX_HOT = 4096  # answers kept ready byte for byte, about 2 MiB
     MAX_HOT_SIZE = 2048  # octets of an entry that is; it stays alive with its answers
 
     def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        trust: Trust,
-        timer: Timer,
-        cache: Cache,
-        *,
-        timeout: float = 4.0,
-        max_in_flight: int = 10_000,
-        strategy: str = "fastest",
-        clock: Callable[[], float] = time.monotonic,
+        self, cache: Cache, timer: Timer, refresh: Callable[[Query], None]
     ) -> None:
-        """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
-        self._timer = timer
         self._cache = cache
-        self._timeout = timeout
-        self._max_in_flight = max_in_flight
-        self._clock = clock
+        self._timer = timer
+        self._refresh = refresh
         # By datagram without its ID: until when, the answer without its ID, the entry.
         # No lock: single operations of a dict are atomic on every build.
         self._hot: dict[bytes, tuple[float, bytes, CacheEntry]] = {}
-        self._group = UpstreamGroup(
-            endpoints, trust, timer, self.complete, strategy=strategy, clock=clock
-        )
-        # Guards _exchanges, _count, _idle, and the waiters of exchanges.
-        self._lock = threading.Lock()
-        self._exchanges: dict[bytes, Exchange] = {}
-        self._count = 0  # clients' queries in flight
-        self._idle = threading.Condition(self._lock)  # told when _count falls to 0
-
-    def start(self) -> None:
-        """Connect to the upstreams; returns at once."""
-        self._group.start()
-
-    @property
-    def in_flight(self) -> int:
-        """Return how many clients' queries wait for an answer: a snapshot."""
-        return self._count
-
-    def describe(self) -> list[str]:
-        """Return lines that tell the state of the proxy, for the log."""
-        cache = f"cache_entries={len(self._cache)} cache_bytes={self._cache.size}"
-        return [f"in_flight={self._count} {cache}", *self._group.describe()]
-
-    def drain(self, seconds: float) -> bool:
-        """Wait until every query is answered, at most so long; this one blocks."""
-        with self._lock:
-            return self._idle.wait_for(lambda: not self._count, seconds)
-
-    def close(self) -> None:
-        """Close the upstream connections."""
-        self._group.close()
 
     def lookup(self, message: bytes, now: float) -> bytes | Query:
         """Return the answer to a datagram, or the query that has to be resolved.
@@ -2784,64 +2773,6 @@ class Proxy:
     def lookup_stream(self, message: bytes, now: float) -> bytes | Query:
         """Do the same for a message that came over TCP."""
         return self._look_up(message, now, stream=True)
-
-    def resolve(self, queries: Sequence[tuple[Query, Reply]]) -> None:
-        """Have each query answered through its `reply`, exactly once; never blocks."""
-        now = self._clock()
-        fresh: list[Exchange] = []
-        aging: list[Exchange] = []  # those whose clients get a stale answer in time
-        with self._lock:
-            exchanges = self._exchanges
-            for waiter in queries:
-                query = waiter[0]
-                exchange = exchanges.get(query.key)
-                if exchange is None:
-                    exchange = Exchange(query, now, now + self._timeout)
-                    exchanges[query.key] = exchange
-                    fresh.append(exchange)
-                    if query.stale is not None:
-                        aging.append(exchange)
-                elif query.stale is not None and exchange.query.stale is None:
-                    exchange.query.stale = query.stale  # it was a refresh until now
-                    aging.append(exchange)
-                exchange.waiters.append(waiter)
-            self._count += len(queries)
-            shed = self._shed_locked() if self._count > self._max_in_flight else []
-        if shed:
-            error = UpstreamError("overload", "too many queries in flight")
-            answer_all(shed, failure_response(error))
-        for exchange in aging:
-            serve = functools.partial(self._serve_stale, exchange)
-            self._timer.at(now + Cache.STALE_AFTER, serve)
-        cache = self._cache
-        fresh = [
-            each
-            for each in fresh
-            if each.query.cache_key not in cache or not self._answered_late(each, now)
-        ]
-        if fresh:
-            self._group.send(fresh, now)
-
-    def complete(self, outcomes: list[Outcome]) -> None:
-        """Answer everyone who waits for these exchanges, unless that was done."""
-        now = self._clock()
-        # Into the cache first: who finds no exchange to join finds the answer there.
-        results = [
-            (exchange, self._remember(exchange, outcome, now))
-            for exchange, outcome in outcomes
-            if not exchange.done
-        ]
-        finished = []
-        with self._lock:
-            for exchange, result in results:
-                if not exchange.done:
-                    finished.append((self._finish_locked(exchange), result))
-        for waiters, result in finished:
-            if isinstance(result, CacheEntry):
-                self._answer_stale(waiters, result)
-                continue
-            for query, reply in waiters:
-                reply(build_answer(query, result))
 
     def flush(self) -> None:
         """Forget every cached answer."""
@@ -2900,6 +2831,122 @@ class Proxy:
             self._hot = {}
         self._hot[question] = (min(until, entry.expires), answer, entry)
 
+
+class Proxy:
+    """Has a question asked once for everyone who waits, where the cache cannot help."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        trust: Trust,
+        timer: Timer,
+        cache: Cache,
+        *,
+        timeout: float = 4.0,
+        max_in_flight: int = 10_000,
+        strategy: str = "fastest",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
+        self._timer = timer
+        self._cache = cache
+        self._timeout = timeout
+        self._max_in_flight = max_in_flight
+        self._clock = clock
+        self._shelf = Shelf(cache, timer, self._refresh)
+        self.lookup = self._shelf.lookup
+        self.lookup_stream = self._shelf.lookup_stream
+        self.flush = self._shelf.flush
+        self._group = UpstreamGroup(
+            endpoints, trust, timer, self.complete, strategy=strategy, clock=clock
+        )
+        # Guards _exchanges, _count, _idle, and the waiters of exchanges.
+        self._lock = threading.Lock()
+        self._exchanges: dict[bytes, Exchange] = {}
+        self._count = 0  # clients' queries in flight
+        self._idle = threading.Condition(self._lock)  # told when _count falls to 0
+
+    def start(self) -> None:
+        """Connect to the upstreams; returns at once."""
+        self._group.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many clients' queries wait for an answer: a snapshot."""
+        return self._count
+
+    def describe(self) -> list[str]:
+        """Return lines that tell the state of the proxy, for the log."""
+        cache = f"cache_entries={len(self._cache)} cache_bytes={self._cache.size}"
+        return [f"in_flight={self._count} {cache}", *self._group.describe()]
+
+    def drain(self, seconds: float) -> bool:
+        """Wait until every query is answered, at most so long; this one blocks."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._count, seconds)
+
+    def close(self) -> None:
+        """Close the upstream connections."""
+        self._group.close()
+
+    def resolve(self, queries: Sequence[Waiter]) -> None:
+        """Have each query answered through its `reply`, exactly once; never blocks."""
+        now = self._clock()
+        fresh: list[Exchange] = []
+        aging: list[Exchange] = []  # those whose clients get a stale answer in time
+        with self._lock:
+            exchanges = self._exchanges
+            for waiter in queries:
+                query = waiter[0]
+                exchange = exchanges.get(query.key)
+                if exchange is None:
+                    exchange = Exchange(query, now, now + self._timeout)
+                    exchanges[query.key] = exchange
+                    fresh.append(exchange)
+                    if query.stale is not None:
+                        aging.append(exchange)
+                elif query.stale is not None and exchange.query.stale is None:
+                    exchange.query.stale = query.stale  # it was a refresh until now
+                    aging.append(exchange)
+                exchange.waiters.append(waiter)
+            self._count += len(queries)
+            shed = self._shed_locked() if self._count > self._max_in_flight else []
+        if shed:
+            error = UpstreamError("overload", "too many queries in flight")
+            answer_all(shed, failure_response(error))
+        for exchange in aging:
+            serve = functools.partial(self._serve_stale, exchange)
+            self._timer.at(now + Cache.STALE_AFTER, serve)
+        cache = self._cache
+        fresh = [
+            each
+            for each in fresh
+            if each.query.cache_key not in cache or not self._answered_late(each, now)
+        ]
+        if fresh:
+            self._group.send(fresh, now)
+
+    def complete(self, outcomes: list[Outcome]) -> None:
+        """Answer everyone who waits for these exchanges, unless that was done."""
+        now = self._clock()
+        # Into the cache first: who finds no exchange to join finds the answer there.
+        results = [
+            (exchange, self._remember(exchange, outcome, now))
+            for exchange, outcome in outcomes
+            if not exchange.done
+        ]
+        finished = []
+        with self._lock:
+            for exchange, result in results:
+                if not exchange.done:
+                    finished.append((self._finish_locked(exchange), result))
+        for waiters, result in finished:
+            if isinstance(result, CacheEntry):
+                self._answer_stale(waiters, result)
+                continue
+            for query, reply in waiters:
+                reply(build_answer(query, result))
+
     def _answered_late(self, exchange: Exchange, now: float) -> bool:
         """Answer a new exchange from the cache if it can since the lookup missed."""
         entry = self._cache.get(exchange.query.cache_key, now)
@@ -2911,7 +2958,7 @@ class Proxy:
             reply(self._cache.answer(entry, query, now))
         return True
 
-    def _finish_locked(self, exchange: Exchange) -> list[tuple[Query, Reply]]:
+    def _finish_locked(self, exchange: Exchange) -> list[Waiter]:
         """Take an exchange out of those in flight; return who waits for it."""
         exchange.done = True
         del self._exchanges[exchange.query.key]
@@ -2951,9 +2998,7 @@ class Proxy:
             entry.retry_at = self._clock() + Cache.STALE_RETRY
             self._answer_stale(waiters, entry)
 
-    def _answer_stale(
-        self, waiters: Sequence[tuple[Query, Reply]], entry: CacheEntry
-    ) -> None:
+    def _answer_stale(self, waiters: Sequence[Waiter], entry: CacheEntry) -> None:
         for query, reply in waiters:
             reply(self._cache.stale_answer(entry, query))
 
@@ -2967,29 +3012,20 @@ class Proxy:
             self._exchanges[query.key] = exchange
         self._group.send([exchange], now)
 
-    def _shed_locked(self) -> list[tuple[Query, Reply]]:
-        """Take out the oldest queries of the client with the most in flight.
+    def _shed_locked(self) -> list[Waiter]:
+        """Take out the oldest queries of the clients with the most in flight.
 
         Several at a time, so that looking through all of them costs each little.
         """
-        everybody = [
-            (exchange, waiter)
-            for exchange in self._exchanges.values()
-            for waiter in exchange.waiters
-        ]
-        clients = collections.Counter(waiter[0].client for _, waiter in everybody)
-        # In order of age still among clients with equally many.
-        everybody.sort(key=lambda entry: -clients[entry[1][0].client])
         number = self._count - self._max_in_flight + self._max_in_flight // 100
-        shed: list[tuple[Query, Reply]] = []
-        for exchange, waiter in everybody[:number]:
-            shed.append(waiter)
+        shed = greediest(self._exchanges.values(), number)
+        for exchange, waiter in shed:
             exchange.waiters.remove(waiter)
             if not exchange.waiters:
                 exchange.done = True
                 del self._exchanges[exchange.query.key]
         self._count -= len(shed)
-        return shed
+        return [waiter for _, waiter in shed]
 
 
 # ---- Servers (RFC 1035 section 4.2, RFC 7766, RFC 9210) ------------------------------
@@ -3030,7 +3066,7 @@ class UDPHandler(socketserver.BaseRequestHandler):
     """Handles a batch of datagrams in a worker thread."""
 
     server: UDPServer
-    request: list[tuple[Query, Reply]]
+    request: list[Waiter]
 
     def handle(self) -> None:
         """Have what the cache did not answer resolved."""
@@ -3238,7 +3274,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
         return wait > 0 and not self._broken
 
     def _resolve(self, messages: list[bytes]) -> None:
-        queries: list[tuple[Query, Reply]] = []
+        queries: list[Waiter] = []
         for message in filter(answerable, messages):
             with self._lock:
                 self.in_flight += 1
