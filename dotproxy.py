@@ -56,7 +56,7 @@ but for Line's, over system calls that do not wait)
     Line._lock           the socket, against being closed while another thread uses it
     Timer._condition     what is due
     WorkerPool._lock     number of threads, of idle ones and of waiting tasks
-    TCPServer._lock      connected clients
+    Clients._lock        connected TCP clients
     StreamHandler._lock  octets that the client has not taken yet, queries in flight
 
     Shelf has no lock: its table is a dict of which only single operations are used.
@@ -3200,15 +3200,16 @@ class StreamHandler(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         """Prepare; the socket must not block whoever sends an answer."""
         self.request.setblocking(False)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it may be gone already
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.active_at = self.server.clock()  # when the last whole query came
         self.in_flight = 0
         self._lock = threading.Lock()  # guards in_flight, _unsent, _stalled_at, _broken
         self._changed = threading.Condition(self._lock)  # told when in_flight falls
         self._unsent = b""
         self._stalled_at = 0.0
-        self._broken = False
-        self.server.enter(self)
+        self._broken = False  # then the socket may be closed: nobody touches it
+        self.server.clients.enter(self)
 
     def handle(self) -> None:
         """Read queries until the client is done, idle for too long, or gone."""
@@ -3235,22 +3236,16 @@ class StreamHandler(socketserver.BaseRequestHandler):
         """Let the server forget it."""
         with self._lock:
             self._broken = True
-        self.server.leave(self)
+        self.server.clients.leave(self)
 
     def drop(self) -> None:
         """End it from another thread: its own finds the socket shut."""
         with self._lock:
-            self._broken = True
-            self._changed.notify()
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)
+            self._break_locked()
 
     def reply(self, message: bytes) -> None:
         """Send an answer; any thread, never blocks."""
-        if self._push(len(message).to_bytes(2, "big") + message, answers=1):
-            return
-        with self._lock, contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_RDWR)
+        self._push(len(message).to_bytes(2, "big") + message, answers=1)
 
     def _hungry(self) -> bool:
         return self.in_flight < self.MAX_IN_FLIGHT and not self._unsent
@@ -3287,29 +3282,79 @@ class StreamHandler(socketserver.BaseRequestHandler):
         if queries:
             self.server.proxy.resolve(queries)
 
-    def _push(self, octets: bytes, answers: int = 0) -> bool:
-        """Send what the kernel takes and keep the rest; False where it is hopeless."""
+    def _push(self, octets: bytes, answers: int = 0) -> None:
+        """Send what the kernel takes and keep the rest; break where it is hopeless."""
         with self._lock:
             self.in_flight -= answers
             self._changed.notify()
             if self._broken:
-                return False
-            unsent = self._unsent + octets
-            sent = 0
+                return
+            unsent, sent = self._unsent + octets, 0
             try:
                 sent = self.request.send(unsent)
             except BlockingIOError:
                 pass
             except OSError:
-                self._broken = True
-                return False
+                self._break_locked()
+                return
             now = self.server.clock()
             if sent or not self._unsent:
                 self._stalled_at = now
             self._unsent = unsent[sent:]
-            hopeless = now - self._stalled_at > self.STALL
-            self._broken = hopeless or len(self._unsent) > self.MAX_UNSENT
-            return not self._broken
+            stalled = now - self._stalled_at > self.STALL
+            if stalled or len(self._unsent) > self.MAX_UNSENT:
+                self._break_locked()
+
+    def _break_locked(self) -> None:
+        """End the connection, unless that was done: its thread finds it shut."""
+        if self._broken:
+            return
+        self._broken = True
+        self._changed.notify()
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_RDWR)
+
+
+class Clients:
+    """The connected clients of all stream servers, within bounds."""
+
+    def __init__(self, limit: int, limit_per_address: int) -> None:
+        self._limit = limit
+        self._limit_per_address = limit_per_address  # many sit behind one gateway
+        self._lock = threading.Lock()  # guards _connected
+        self._connected: set[StreamHandler] = set()
+
+    def enter(self, client: StreamHandler) -> None:
+        """Count a client in; its own thread calls this."""
+        with self._lock:
+            self._connected.add(client)
+
+    def leave(self, client: StreamHandler) -> None:
+        """Count a client out; any thread may."""
+        with self._lock:
+            self._connected.discard(client)
+
+    def make_room(self, address: str) -> None:
+        """End the longest idle connection where one more would be too many."""
+        with self._lock:
+            everybody = list(self._connected)
+        same = [c for c in everybody if c.client_address[0] == address]
+        if len(same) >= self._limit_per_address:
+            candidates = same
+        elif len(everybody) >= self._limit:
+            candidates = everybody
+        else:
+            return
+        victim = min(candidates, key=lambda c: (c.in_flight > 0, c.active_at))
+        self.leave(victim)
+        victim.drop()
+
+    def drop_all(self) -> None:
+        """End all connections."""
+        with self._lock:
+            clients = list(self._connected)
+        for client in clients:
+            client.drop()
 
 
 class TCPServer(socketserver.ThreadingTCPServer):
@@ -3319,26 +3364,23 @@ class TCPServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 128
     daemon_threads = True
+    PAUSE = 0.25  # s until it tries again to accept where descriptors have run out
 
     def __init__(
         self,
         address: Address,
         proxy: Proxy,
         pool: WorkerPool,
+        clients: Clients,
         *,
-        max_clients: int = 512,
-        max_per_address: int = 256,
         idle_timeout: float = CLIENT_IDLE_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.proxy = proxy
+        self.clients = clients
         self.idle_timeout = idle_timeout
         self.clock = clock
         self._pool = pool
-        self._max_clients = max_clients
-        self._max_per_address = max_per_address  # many sit behind one gateway
-        self._lock = threading.Lock()  # guards _clients
-        self._clients: set[StreamHandler] = set()
         version = ipaddress.ip_address(address[0]).version
         self.address_family = socket.AF_INET6 if version == 6 else socket.AF_INET
         super().__init__(address, StreamHandler)
@@ -3348,11 +3390,21 @@ class TCPServer(socketserver.ThreadingTCPServer):
         set_v6_only(self.socket)
         super().server_bind()
 
+    def get_request(self) -> tuple[socket.socket, Address]:
+        """Accept a client; where there is no descriptor for it, pause, do not spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                logger.warning("cannot accept: error=%s", error.strerror)
+                time.sleep(self.PAUSE)
+            raise
+
     def process_request(  # type: ignore[override]
         self, request: socket.socket, client_address: Address
     ) -> None:
         """Give the client a thread; at a bound the longest idle one makes room."""
-        self._make_room(client_address[0])
+        self.clients.make_room(client_address[0])
         serve = functools.partial(self.process_request_thread, request, client_address)
         if not self._pool.submit(serve):
             self.shutdown_request(request)
@@ -3360,37 +3412,6 @@ class TCPServer(socketserver.ThreadingTCPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
         logger.exception("internal error: server=tcp")
-
-    def enter(self, client: StreamHandler) -> None:
-        """Count a client in; its own thread calls this."""
-        with self._lock:
-            self._clients.add(client)
-
-    def leave(self, client: StreamHandler) -> None:
-        """Count a client out; its own thread calls this."""
-        with self._lock:
-            self._clients.discard(client)
-
-    def drop_clients(self) -> None:
-        """End all connections."""
-        with self._lock:
-            clients = list(self._clients)
-        for client in clients:
-            client.drop()
-
-    def _make_room(self, address: str) -> None:
-        with self._lock:
-            everybody = list(self._clients)
-        same = [c for c in everybody if c.client_address[0] == address]
-        if len(same) >= self._max_per_address:
-            candidates = same
-        elif len(everybody) >= self._max_clients:
-            candidates = everybody
-        else:
-            return
-        victim = min(candidates, key=lambda c: (c.in_flight > 0, c.active_at))
-        self.leave(victim)
-        victim.drop()
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -3680,31 +3701,6 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     return Config(**chosen, listen_given="listen" in chosen)
 
 
-def bind_pair(
-    config: Config,
-    address: Address,
-    proxy: Proxy,
-    workers: WorkerPool,
-    streams: WorkerPool,
-) -> tuple[TCPServer, UDPServer]:
-    """Bind one address for both; port 0 becomes a port that is free for both."""
-    for attempt in itertools.count(1):
-        tcp = TCPServer(
-            address,
-            proxy,
-            streams,
-            max_clients=config.max_tcp_clients,
-            max_per_address=config.max_tcp_per_client,
-        )
-        try:
-            return tcp, UDPServer((address[0], tcp.server_address[1]), proxy, workers)
-        except OSError:
-            tcp.server_close()
-            if address[1] or attempt >= 16:
-                raise
-    raise AssertionError("unreachable")
-
-
 def describe_bind_error(error: OSError, address: Address) -> str:
     """Say why an address cannot be listened on, and how to mend it."""
     host, port = address
@@ -3725,20 +3721,35 @@ def describe_bind_error(error: OSError, address: Address) -> str:
     return f"cannot listen on {where}: {error.strerror}; mend --listen"
 
 
-def bind_servers(
-    config: Config, proxy: Proxy, workers: WorkerPool, streams: WorkerPool
-) -> list[UDPServer | TCPServer]:
-    """Bind every address for UDP and TCP; raises ConfigError where that fails."""
-    servers: list[UDPServer | TCPServer] = []
-    for address in config.listen:
+def bind_port(
+    address: Address, bind: Callable[[Address], tuple[TCPServer, UDPServer]]
+) -> tuple[TCPServer, UDPServer]:
+    """Bind one address; port 0 becomes a port that is free for both."""
+    attempts = 1 if address[1] else 16
+    while True:
+        attempts -= 1
         try:
-            servers += bind_pair(config, address, proxy, workers, streams)
+            return bind(address)
+        except OSError:
+            if not attempts:
+                raise
+
+
+def bind_servers(
+    addresses: Iterable[Address],
+    bind: Callable[[Address], tuple[TCPServer, UDPServer]],
+    given: bool,
+) -> list[UDPServer | TCPServer]:
+    """Bind every address; raises ConfigError where one that was `given` cannot be."""
+    servers: list[UDPServer | TCPServer] = []
+    for address in addresses:
+        try:
+            servers += bind_port(address, bind)
         except OSError as error:
             absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if absent and not config.listen_given:
-                logger.info(
-                    "not listening: address=%s error=%s", address[0], error.strerror
-                )
+            if absent and not given:
+                text = "not listening: address=%s error=%s"
+                logger.info(text, address[0], error.strerror)
                 continue
             for server in servers:
                 server.server_close()
@@ -3783,9 +3794,10 @@ class Daemon:
             strategy=config.strategy,
         )
         self._workers = WorkerPool("worker", WORKERS, BACKLOG)
-        clients = config.max_tcp_clients
-        self._streams = WorkerPool("stream", clients + 1, clients)
-        self.servers = bind_servers(config, self._proxy, self._workers, self._streams)
+        limit = config.max_tcp_clients
+        self._streams = WorkerPool("stream", limit + 1, limit)
+        self._clients = Clients(limit, config.max_tcp_per_client)
+        self.servers = bind_servers(config.listen, self._bind, config.listen_given)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -3805,6 +3817,15 @@ class Daemon:
         """Empty the cache."""
         self._proxy.flush()
 
+    def _bind(self, address: Address) -> tuple[TCPServer, UDPServer]:
+        tcp = TCPServer(address, self._proxy, self._streams, self._clients)
+        try:
+            same = (address[0], tcp.server_address[1])
+            return tcp, UDPServer(same, self._proxy, self._workers)
+        except OSError:
+            tcp.server_close()
+            raise
+
     def log_state(self) -> None:
         """Write the state of the proxy and of each upstream to the log."""
         for line in self._proxy.describe():
@@ -3818,9 +3839,7 @@ class Daemon:
         for thread in stoppers + self._threads:
             thread.join()
         self._proxy.drain(min(self._config.timeout, CLIENT_PATIENCE) + self.DRAIN_EXTRA)
-        for server in self.servers:
-            if isinstance(server, TCPServer):
-                server.drop_clients()
+        self._clients.drop_all()
         self._workers.close()
         self._streams.close()
         self._proxy.close()

@@ -6102,10 +6102,10 @@ class ConfigTest(DotproxyTestCase):
                     self.assertIn(word, text)
 
     def test_default_address_that_the_host_lacks_is_skipped(self) -> None:
-        def lacking(_: object, address: Address, *__: object) -> None:
+        def lacking(*_: object) -> None:
             raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
 
-        bind = mock.patch.object(dotproxy, "bind_pair", lacking)
+        bind = mock.patch.object(dotproxy, "bind_port", lacking)
         logs = self.assertLogs(dotproxy.logger, "INFO")
         fails = self.assertRaises(dotproxy.ConfigError)
         with bind, logs as logged, fails as caught:
