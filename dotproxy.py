@@ -1855,7 +1855,7 @@ class Upstream:
         self.connections: list[Connection] = []
         self.session: ssl.SSLSession | None = None  # never given to another upstream
         self.dialed_at = 0.0
-        self.reported = ""  # the error that the log knows of
+        self.reported: set[str] = set()  # causes that the log knows of
         self._numbers = itertools.count(1)
 
     @property
@@ -1907,9 +1907,9 @@ class Upstream:
     def note_failure(self, error: UpstreamError, now: float) -> bool:
         """Note a connection that did not open; True if the log shall say so."""
         self.health.failed(self.dialed_at, now, error)
-        if not self.health.down(now) or self.reported == str(error):
+        if not self.health.down(now) or error.cause in self.reported:
             return False
-        self.reported = str(error)
+        self.reported.add(error.cause)
         return True
 
     def note_loss(
@@ -2563,7 +2563,7 @@ class UpstreamGroup(ConnectionOwner):
         """Give the new connection what waits for one."""
         with self._planning() as (plan, now):
             upstream = self._fleet.homes[connection]
-            reported, upstream.reported = upstream.reported, ""
+            reported, upstream.reported = upstream.reported, set()
             self._dispatcher.opened(plan, connection, now)
         version, resumed = connection.facts()
         logger.debug(

@@ -2591,6 +2591,19 @@ class HedgeBudgetTest(DotproxyTestCase):
         self.assertEqual(self.spend_all(budget), 32)
 
 
+class UpstreamTest(DotproxyTestCase):
+    def test_outage_is_reported_once_for_each_cause(self) -> None:
+        upstream = Upstream(Endpoint("192.0.2.1", 853, "dot.test"), 0)
+        errors = [
+            UpstreamError(cause, f"attempt {number}")
+            for number, cause in enumerate(("timeout", "unreachable") * 2)
+        ]
+
+        reported = [upstream.note_failure(error, 1000.0) for error in errors]
+
+        self.assertEqual(reported, [True, True, False, False])
+
+
 # ---- Fleet and Dispatcher ------------------------------------------------------------
 
 
