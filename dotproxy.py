@@ -1764,9 +1764,7 @@ class Health:
     """How an upstream has been doing: plain numbers, guarded by the group's lock."""
 
     OVERDUE_MIN, OVERDUE_MAX = 0.05, 1.0  # s; bounds of when an answer is overdue
-    GRACE = (
-        1.5  # s; an upstream that has worked may be restarting: queries wait so long
-    )
+    GRACE = 1.5  # s; one that has worked may be restarting: queries wait so long
     RETRY_MIN, RETRY_MAX = 0.5, 30.0  # s between attempts while it is down
     RETRY_GRACE = 0.05  # s; first retry of one that worked a moment ago
     RETRY_SHARE = 0.05  # of the outage so far: back within 5 % of what it lasted
