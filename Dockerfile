@@ -1,5 +1,5 @@
-ARG PYTHON=3.13
-FROM docker.io/library/python:${PYTHON}-slim
+ARG BASE=python:3.13-slim
+FROM ${BASE}
 COPY dotproxy.py /dotproxy.py
 USER 65532:65532
 EXPOSE 5353/udp 5353/tcp
