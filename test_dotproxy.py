@@ -6254,6 +6254,19 @@ class MainTest(DotproxyTestCase):
 
             self.assertIn(f":{upstream.port}#", program.line_with("state: name="))
 
+    def test_sighup_empties_the_cache_and_says_so(self) -> None:
+        with FakeUpstream() as upstream, Program.before(upstream) as program:
+            with UDPClient(program.addresses()[0]) as client:
+                client.send(query())
+                client.receive()
+                program.signal(signal.SIGHUP)
+                said = program.line_with("cache flushed")
+                client.send(query())
+                client.receive()
+
+            self.assertIn("entries=1", said)
+            self.assertEqual(len(upstream.queries), 2)
+
     def test_port_taken_is_one_line_and_status_1(self) -> None:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             with self.subTest(kind=kind), socket.socket(type=kind) as holder:
