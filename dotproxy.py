@@ -20,7 +20,7 @@ The path of a query
       Timer                         hedge, retry, stale answer, SERVFAIL at the deadline
 
     TCP clients enter at the same lookup and resolve, from StreamHandler, with another
-    reply. lookup parses; what cannot be parsed is answered FORMERR on the spot.
+    reply. lookup parses; what cannot be parsed is answered FORMERR or NOTIMP at once.
 
 Contracts that carry the design
 
@@ -44,7 +44,7 @@ Threads
     timer         whatever has to happen later
 
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
-but for Line's, over system calls that do not wait)
+but for those of Line and StreamHandler, over system calls that do not wait)
 
     Cache._lock          entries, their order and their size
     Proxy._lock          questions in flight and who waits for them
@@ -114,9 +114,7 @@ OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING = 8, 10, 11, 12
 OPTION_EDE = 15
 
 HEADER = struct.Struct("!HHHHHH")  # RFC 1035 section 4.1.1
-RECORD = struct.Struct(
-    "!HHIH"
-)  # what follows a record's name: type, class, TTL, length
+RECORD = struct.Struct("!HHIH")  # behind a record's name: type, class, TTL, length
 TTL = struct.Struct("!I")
 PAIR = struct.Struct("!HH")  # option code and length, frame length and ID, ID and flags
 
@@ -265,8 +263,15 @@ def skip_name(message: bytes, offset: int) -> int:
     return offset + 1
 
 
-def split_options(options: bytes, ending: frozenset[int]) -> tuple[bytes, list[int]]:
-    """Return the options whose code is not in `ending`, and the codes that are."""
+# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or
+# of the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
+OPTIONS_ENDING_HERE = frozenset(
+    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
+)
+
+
+def split_options(options: bytes) -> tuple[bytes, list[int]]:
+    """Return the options that pass, and the codes of those that end here."""
     passed, dropped, offset = [], [], 0
     while offset < len(options):
         if offset + 4 > len(options):
@@ -275,19 +280,12 @@ def split_options(options: bytes, ending: frozenset[int]) -> tuple[bytes, list[i
         end = offset + 4 + length
         if end > len(options):
             raise FormatError(f"EDNS option of {length} octets past the end")
-        if code in ending:
+        if code in OPTIONS_ENDING_HERE:
             dropped.append(code)
         else:
             passed.append(options[offset:end])
         offset = end
     return b"".join(passed), dropped
-
-
-# OPT is hop-by-hop (RFC 6891 section 6.1.1): these say something of this hop alone, or
-# of the client (RFC 7871, RFC 7873, RFC 7828, RFC 7830). Others pass.
-OPTIONS_ENDING_HERE = frozenset(
-    (OPTION_SUBNET, OPTION_COOKIE, OPTION_KEEPALIVE, OPTION_PADDING)
-)
 
 
 def _parse_opt(
@@ -315,7 +313,7 @@ def _parse_opt(
             query.limit = max(MIN_UDP_SIZE, min(size, MAX_UDP_SIZE))
         if length:
             options = message[offset - length : offset]
-            query.options, dropped = split_options(options, OPTIONS_ENDING_HERE)
+            query.options, dropped = split_options(options)
             query.keepalive = stream and OPTION_KEEPALIVE in dropped
             if len(query.options) > MAX_OPTIONS:
                 raise FormatError("more options than can be passed on")
@@ -447,7 +445,7 @@ def _read_response_options(response: Response, options: bytes) -> None:
     if not options:
         return
     response.upstream_options = options
-    response.options, _ = split_options(options, OPTIONS_ENDING_HERE)
+    response.options, _ = split_options(options)
 
 
 def parse_response(message: bytes, end: int) -> Response:
@@ -612,9 +610,14 @@ def split_frames(octets: bytes) -> tuple[list[bytes], bytes]:
     return messages, octets[offset:]
 
 
+def hopeless(rest: bytes) -> bool:
+    """Tell whether what `split_frames` left begins with a length below a header's."""
+    return len(rest) >= 2 and rest[0] == 0 and rest[1] < MIN_MESSAGE
+
+
 def answerable(message: bytes) -> bool:
     """Tell whether a message deserves an answer: a whole header, no response."""
-    return len(message) >= 12 and message[2] < 0x80
+    return len(message) >= MIN_MESSAGE and message[2] < 0x80
 
 
 # ---- Cache (RFC 2308, RFC 8767, RFC 9520) --------------------------------------------
@@ -857,7 +860,7 @@ class Cache:
 
 
 # ---- Timer and worker threads --------------------------------------------------------
-# Two small things that everything with a thread needs; they know nothing of DNS.
+# What everything with a thread needs; nothing here knows of DNS.
 
 
 class ProcessorBinding:
@@ -879,7 +882,10 @@ class ProcessorBinding:
         self._bound = False
 
     def update(self, rate: float) -> None:
-        """Bind or set free as this rate asks for; any one thread may call it."""
+        """Bind or set free as this rate asks for; any thread may call it.
+
+        No lock: two calls at once would at worst bind twice, the last one counts.
+        """
         if len(self._processors) < 2 or self.QUIET <= rate <= self.BUSY:
             return
         bind = rate > self.BUSY
@@ -1668,7 +1674,7 @@ class Connection:
                 failure = misfit or failure
             if failure is not None:
                 raise failure
-            if len(buffer) >= 2 and buffer[0] == 0 and buffer[1] < MIN_MESSAGE:
+            if hopeless(buffer):
                 raise UpstreamError("garbage", f"message of {buffer[1]} octets")
 
     def _match(
@@ -2537,11 +2543,6 @@ class UpstreamGroup(ConnectionOwner):
         if not watching:
             self._look()
 
-    def flush(self) -> None:
-        """Replace all connections and forget what failed: the network has changed."""
-        with self._planning() as (plan, now):
-            self._fleet.flush(plan, now)
-
     def close(self) -> None:
         """Close all connections and wait for their threads."""
         with self._lock:
@@ -2941,9 +2942,8 @@ class Proxy:
         for waiters, result in finished:
             if isinstance(result, CacheEntry):
                 self._answer_stale(waiters, result)
-                continue
-            for query, reply in waiters:
-                reply(build_answer(query, result))
+            else:
+                answer_all(waiters, result)
 
     def _answered_late(self, exchange: Exchange, now: float) -> bool:
         """Answer a new exchange from the cache if it can since the lookup missed."""
@@ -3227,8 +3227,8 @@ class StreamHandler(socketserver.BaseRequestHandler):
             if messages:
                 self.active_at = self.server.clock()
                 self._resolve(messages)
-            if len(buffer) >= 2 and buffer[0] == 0 and buffer[1] < MIN_MESSAGE:
-                return  # nothing after it can be understood
+            if hopeless(buffer):
+                return
 
     def finish(self) -> None:
         """Let the server forget it."""
@@ -3363,6 +3363,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
     request_queue_size = 128
     daemon_threads = True
     PAUSE = 0.25  # s until it tries again to accept where descriptors have run out
+    CALM = 10.0  # s without that, after which it is worth another line in the log
 
     def __init__(
         self,
@@ -3379,6 +3380,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         self.idle_timeout = idle_timeout
         self.clock = clock
         self._pool = pool
+        self._short_at = -math.inf  # when descriptors last ran out
         version = ipaddress.ip_address(address[0]).version
         self.address_family = socket.AF_INET6 if version == 6 else socket.AF_INET
         super().__init__(address, StreamHandler)
@@ -3394,7 +3396,9 @@ class TCPServer(socketserver.ThreadingTCPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                logger.warning("cannot accept: error=%s", error.strerror)
+                if self.clock() - self._short_at > self.CALM:
+                    logger.warning("cannot accept: error=%s", error.strerror)
+                self._short_at = self.clock()
                 time.sleep(self.PAUSE)
             raise
 

@@ -5799,6 +5799,23 @@ class TCPServerTest(DotproxyTestCase):
             hold.release()
             self.assertEqual(parse(busy.receive()).qname, "slow.example")
 
+    def test_lack_of_descriptors_pauses_and_is_logged_once(self) -> None:
+        full = OSError(errno.EMFILE, "Too many open files")
+        accept = mock.patch.object(
+            socketserver.TCPServer, "get_request", side_effect=full
+        )
+        with (
+            serving() as served,
+            accept,
+            mock.patch.object(time, "sleep") as pause,
+            self.assertLogs(dotproxy.logger, "WARNING") as logged,
+        ):
+            for _ in range(3):
+                self.assertRaises(OSError, served.tcp.get_request)
+
+        self.assertEqual(pause.call_args_list, [mock.call(served.tcp.PAUSE)] * 3)
+        self.assertEqual(len(logged.output), 1)
+
     @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
     def test_bound_per_address_spares_the_other_addresses(self) -> None:
         with serving(answer, "--max-tcp-per-client=1") as served:
