@@ -65,6 +65,7 @@ but for those of Line and StreamHandler, over system calls that do not wait)
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import copy
@@ -73,6 +74,7 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import heapq
 import ipaddress
 import itertools
@@ -1048,13 +1050,81 @@ class Endpoint(NamedTuple):
         return f"{host}:{self.port}#{self.name}"
 
 
-class Trust:
-    """Which certificates are believed: the TLS settings towards upstreams."""
+SEQUENCE, INTEGER, EXPLICIT_0 = 0x30, 0x02, 0xA0  # tags of DER, X.690
 
-    def __init__(self, ca_file: str | None = None) -> None:
-        """Load the CA certificates; raises ConfigError where there are none to load."""
+
+def take_der(octets: bytes, tag: int) -> tuple[bytes, bytes]:
+    """Split off the first element of DER, which has this tag: contents and the rest."""
+    if octets[:1] != bytes([tag]) or len(octets) < 2:
+        raise FormatError(f"no DER element {tag:#x} at {octets[:4].hex()}")
+    start, length = 2, octets[1]
+    if length & 0x80:  # of the length itself; 0 would be the indefinite form of BER
+        start += length & 0x7F
+        length = int.from_bytes(octets[2:start], "big")
+    end = start + length
+    if end > len(octets) or octets[1] == 0x80:
+        raise FormatError(f"DER element of {length} octets past the end")
+    return octets[start:end], octets[end:]
+
+
+def public_key_pin(certificate: bytes) -> str:
+    """Return the SHA-256 of a DER certificate's public key, in base64 (RFC 7469).
+
+    What is hashed is its SubjectPublicKeyInfo (RFC 5280 section 4.1), which stays the
+    same when the certificate is renewed for the same key. Raises FormatError.
+    """
+    signed, _ = take_der(certificate, SEQUENCE)
+    fields, _ = take_der(signed, SEQUENCE)
+    if fields[:1] == bytes([EXPLICIT_0]):  # version, absent in version 1
+        _, fields = take_der(fields, EXPLICIT_0)
+    for tag in (INTEGER, *[SEQUENCE] * 4):  # up to and with the subject
+        _, fields = take_der(fields, tag)
+    _, rest = take_der(fields, SEQUENCE)
+    key = fields[: len(fields) - len(rest)]
+    return base64.b64encode(hashlib.sha256(key).digest()).decode()
+
+
+TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+class Trust:
+    """Which servers are believed: the TLS settings towards upstreams."""
+
+    def __init__(
+        self,
+        ca_file: str | None = None,
+        *,
+        pins: Iterable[tuple[str, str]] = (),
+        tls_min: str = "1.2",
+    ) -> None:
+        """Load the CA certificates; raises ConfigError where there are none to load.
+
+        `pins`: pairs of a TLS name and a `public_key_pin` that its server may have.
+        """
         self.ca_file = ca_file
+        self.tls_min = tls_min
+        self._pins: dict[str, list[str]] = {}  # by TLS name
+        for name, pin in pins:
+            self._pins.setdefault(name, []).append(pin)
         self.context = self._build_context()
+
+    def check_pin(self, name: str, certificate: bytes) -> None:
+        """Raise UpstreamError where the name has pins, none of them of this key.
+
+        For a leaf certificate whose chain and name are verified (RFC 7858 section 4.2).
+        """
+        wanted = self._pins.get(name.lower())
+        if wanted is None:
+            return
+        try:
+            pin = public_key_pin(certificate)
+        except FormatError as error:
+            text = f"cannot read the certificate: {error}"
+            raise UpstreamError("certificate", text) from error
+        if pin not in wanted:
+            text = f"certificate has another key than was pinned: if {name} has a new"
+            cure = f"one, and you know it to be right, give --pin {name}={pin}"
+            raise UpstreamError("certificate", f"{text} {cure}")
 
     def certificate_names(self, raw: socket.socket) -> list[str]:
         """Shake hands on a fresh connection and return the names in the certificate.
@@ -1087,7 +1157,7 @@ class Trust:
                 f"cannot read the CA file {self.ca_file}: {reason}; give --ca-file PEM"
             )
             raise ConfigError(text) from error
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.minimum_version = TLS_VERSIONS[self.tls_min]
         context.set_alpn_protocols(["dot"])
         return context
 
@@ -1129,7 +1199,7 @@ def describe_tls_error(error: ssl.SSLError, trust: Trust) -> UpstreamError:
     if not isinstance(error, ssl.SSLCertVerificationError):
         reason = (error.reason or "protocol error").replace("_", " ").lower()
         if "version" in reason or "unsupported protocol" in reason:
-            reason += ": the server does not speak TLS 1.2 or newer"
+            reason += f": the server does not speak TLS {trust.tls_min} or newer"
         return UpstreamError("tls", f"TLS handshake failed: {reason}")
     number, text = error.verify_code, error.verify_message
     if not trust.has_authorities():
@@ -1272,6 +1342,11 @@ class TLSChannel:
                 self._tls.unwrap()
             return self._outgoing.read()
 
+    def certificate(self) -> bytes:
+        """Return the server's own certificate in DER, also where it was resumed."""
+        with self._lock:
+            return self._tls.getpeercert(binary_form=True) or b""
+
     def session(self) -> ssl.SSLSession | None:
         """Return the session to resume; complete only after the first answer."""
         with self._lock:
@@ -1329,6 +1404,7 @@ class Line:
             if isinstance(error, socket.timeout):
                 raise UpstreamError("timeout", "no end of the TLS handshake") from error
             raise describe_network_error(error, self._endpoint) from error
+        self._trust.check_pin(self._endpoint.name, channel.certificate())
         raw.settimeout(None)
         return channel, round_trip
 
@@ -3438,6 +3514,8 @@ class Config:
     listen: tuple[Address, ...] = DEFAULT_LISTEN
     upstream: tuple[Endpoint, ...] = DEFAULT_UPSTREAMS
     ca_file: str | None = None
+    pin: tuple[tuple[str, str], ...] = ()  # pairs of a TLS name and a public_key_pin
+    tls_min: str = "1.2"
     strategy: str = "fastest"
     timeout: float = 4.0
     cache_size: int = 32 << 20
@@ -3452,7 +3530,7 @@ class Config:
     listen_given: bool = False
 
 
-LISTS = {"listen", "upstream"}  # options that may be given several times
+LISTS = {"listen", "pin", "upstream"}  # options that may be given several times
 
 
 def split_port(text: str, port: int) -> tuple[str, int]:
@@ -3515,6 +3593,19 @@ def parse_endpoint(text: str) -> Endpoint:
         hint = "write HOST[:PORT][#TLS-NAME], such as 9.9.9.9#dns.quad9.net"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
     return Endpoint(host, port, name or host)
+
+
+def parse_pin(text: str) -> tuple[str, str]:
+    """Parse `TLS-NAME=BASE64`, for argparse."""
+    name, _, pin = text.partition("=")
+    try:
+        digest = base64.b64decode(pin, validate=True)
+    except ValueError:
+        digest = b""
+    if not is_host(name) or len(digest) != hashlib.sha256().digest_size:
+        hint = "write TLS-NAME=BASE64, where BASE64 is a SHA-256 of 44 characters"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+    return name.lower(), base64.b64encode(digest).decode()
 
 
 def parse_size(text: str) -> int:
@@ -3621,6 +3712,21 @@ def add_upstream_options(group: argparse._ArgumentGroup) -> None:
         metavar="PEM",
         help="trust the CA certificates in this file only (default: the system's)",
     )
+    group.add_argument(
+        "--pin",
+        metavar="NAME=BASE64",
+        type=parse_pin,
+        action="append",
+        help="of the servers with certificates for NAME, trust only those whose own "
+        "public key, not their CA's, has this SHA-256; repeatable, one will do",
+    )
+    group.add_argument(
+        "--tls-min",
+        metavar="VERSION",
+        choices=TLS_VERSIONS,
+        help="speak this version of TLS or newer with upstreams: 1.2 or 1.3 (default: "
+        "1.2)",
+    )
 
 
 def add_cache_options(group: argparse._ArgumentGroup) -> None:
@@ -3681,6 +3787,15 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_pins(config: Config) -> None:
+    """Raise ConfigError where a pin is for a name that no server has."""
+    names = {endpoint.name.lower() for endpoint in config.upstream}
+    for name, _ in config.pin:
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise ConfigError(f"--pin {name}: no upstream has this name, but {known}")
+
+
 def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     """Read the options: command line before environment before default.
 
@@ -3700,7 +3815,9 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     chosen = {name: value for name, value in given.items() if value is not None}
     for name in LISTS & set(chosen):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
-    return Config(**chosen, listen_given="listen" in chosen)
+    config = Config(**chosen, listen_given="listen" in chosen)
+    check_pins(config)
+    return config
 
 
 def describe_bind_error(error: OSError, address: Address) -> str:
@@ -3777,7 +3894,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         """Build and bind everything; starts no thread. Raises ConfigError."""
-        trust = Trust(config.ca_file)
+        trust = Trust(config.ca_file, pins=config.pin, tls_min=config.tls_min)
         self._config = config
         self._timer = Timer()
         self._proxy = Proxy(

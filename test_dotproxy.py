@@ -456,6 +456,13 @@ vUJBA1uALus8UnWFr68GHPu3RuwBamUhYQ==
 """
 
 
+# What `openssl x509 -in CERTIFICATE -noout -pubkey | openssl pkey -pubin -outform der |
+# openssl dgst -sha256 -binary | base64` says of them.
+GOOD_PIN = "mF8wdp+yevnQ3G2qcaAd9lGoIK7AdTOlg3zVlNYfBn8="
+GOOD2_PIN = "gg0bWKruO4CpkuOaTZrVjAgZf5HExQcX367Jwdnueuw="
+CA_PIN = "k9TcbEld9MuT+GHIaNR0/Ye8THBBMsxsHCyivyoNIys="
+
+
 def _write_pem(name: str, *blocks: str) -> str:
     path = os.path.join(_directory.name, f"{name}.pem")
     with open(path, "w", encoding="ascii") as file:
@@ -1984,6 +1991,65 @@ class TardyQueue(queue.SimpleQueue):  # type: ignore[type-arg]
 # ---- Upstream connections ------------------------------------------------------------
 
 
+def damaged_once(message: bytes) -> Iterator[bytes]:
+    """Yield what is left of a message cut anywhere, and it with each octet changed."""
+    for offset in range(len(message)):
+        yield message[:offset]
+        for change in (0x80, message[offset]):
+            damage = bytes([message[offset] ^ change])
+            yield message[:offset] + damage + message[offset + 1 :]
+
+
+class PinTest(DotproxyTestCase):
+    def test_pin_is_what_openssl_says(self) -> None:
+        for text, pin in (
+            (CA_PEM, CA_PIN),
+            (GOOD_PEM, GOOD_PIN),
+            (GOOD2_PEM, GOOD2_PIN),
+            (WRONG_NAME_PEM, GOOD_PIN),  # another certificate for the same key
+        ):
+            with self.subTest(pin):
+                certificate = ssl.PEM_cert_to_DER_cert(text)
+                self.assertEqual(dotproxy.public_key_pin(certificate), pin)
+
+    def test_garbage_is_a_format_error_or_another_pin(self) -> None:
+        certificate = ssl.PEM_cert_to_DER_cert(GOOD_PEM)
+        refused = 0
+        for text in damaged_once(certificate):
+            with contextlib.suppress(FormatError):
+                self.assertEqual(len(dotproxy.public_key_pin(text)), 44)
+                refused -= 1
+            refused += 1
+
+        self.assertGreater(refused, len(certificate))  # each that is cut short
+
+    def test_field_of_another_type_is_a_format_error(self) -> None:
+        fields = b"\x02\x01\1" + b"\x30\0" * 5
+        signed = b"\x30\x0d" + fields
+        self.assertEqual(len(dotproxy.public_key_pin(b"\x30\x0f" + signed)), 44)
+        for offset in (0, 2, 5, 7, 9, 11, 13):
+            wrong = signed[:offset] + b"\x31" + signed[offset + 1 :]
+            with self.subTest(offset=offset), self.assertRaises(FormatError):
+                dotproxy.public_key_pin(b"\x30\x0f" + wrong)
+
+    def test_length_of_the_indefinite_form_is_a_format_error(self) -> None:
+        with self.assertRaises(FormatError):
+            dotproxy.take_der(b"\x30\x80\0\0", dotproxy.SEQUENCE)
+
+    def test_name_without_a_pin_may_have_any_key(self) -> None:
+        trust = dotproxy.Trust(PKI.ca, pins=[("other.test", CA_PIN)])
+
+        trust.check_pin("dot.test", b"")
+
+    def test_certificate_that_cannot_be_read_is_refused(self) -> None:
+        trust = dotproxy.Trust(PKI.ca, pins=[("dot.test", GOOD_PIN)])
+
+        with self.assertRaisesRegex(UpstreamError, "cannot read") as caught:
+            trust.check_pin("dot.test", b"")
+
+        self.assertEqual(caught.exception.cause, "certificate")
+
+
 class Owner(dotproxy.ConnectionOwner):
     """Keeps what a connection tells."""
 
@@ -2035,6 +2101,7 @@ class ConnectionTest(DotproxyTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.owner = Owner()
+        self.trust = dotproxy.Trust(PKI.ca)
 
     @contextlib.contextmanager
     def connecting(
@@ -2042,8 +2109,9 @@ class ConnectionTest(DotproxyTestCase):
     ) -> Iterator[dotproxy.Connection]:
         """Have a connection to the upstream while in the block."""
         endpoint = Endpoint(upstream.host, upstream.port, name)
-        trust = dotproxy.Trust(PKI.ca)
-        connection = dotproxy.Connection(endpoint, trust, self.owner, label="upstream")
+        connection = dotproxy.Connection(
+            endpoint, self.trust, self.owner, label="upstream"
+        )
         connection.start()
         try:
             yield connection
@@ -2099,6 +2167,38 @@ class ConnectionTest(DotproxyTestCase):
     def test_old_tls_gets_no_query_and_the_error_says_so(self) -> None:
         with FakeUpstream(maximum_version=ssl.TLSVersion.TLSv1_1) as upstream:
             self.assertIn("TLS 1.2 or newer", self.refused(upstream))
+
+    def test_version_below_the_lowest_wanted_gets_no_query(self) -> None:
+        self.trust = dotproxy.Trust(PKI.ca, tls_min="1.3")
+        with FakeUpstream(maximum_version=ssl.TLSVersion.TLSv1_2) as upstream:
+            self.assertIn("TLS 1.3 or newer", self.refused(upstream))
+
+    def test_pinned_key_is_accepted(self) -> None:
+        pins = [("dot.test", GOOD_PIN), ("dot.test", GOOD2_PIN)]
+        self.trust = dotproxy.Trust(PKI.ca, pins=pins)
+        for certificate in (PKI.good, PKI.good2):
+            self.owner = Owner()
+            upstream = FakeUpstream(certificate=certificate)
+            with upstream, self.connected(upstream, name="DOT.test") as connection:
+                connection.send([asking(query())], 0.0)
+                self.wait_for_answers(1)
+
+    def test_other_key_gets_no_query_and_the_error_tells_its_pin(self) -> None:
+        # A CA's key is no pin of the server's own.
+        for pin in (GOOD2_PIN, CA_PIN):
+            self.owner = Owner()
+            self.trust = dotproxy.Trust(PKI.ca, pins=[("dot.test", pin)])
+            with self.subTest(pin), FakeUpstream() as upstream:
+                error = self.refused(upstream)
+                self.assertIn(f"--pin dot.test={GOOD_PIN}", error)
+                self.assertEqual(self.owner.error.cause, "certificate")
+
+    def test_pinned_key_does_not_make_up_for_a_bad_certificate(self) -> None:
+        self.trust = dotproxy.Trust(PKI.ca, pins=[("dot.test", GOOD_PIN)])
+        for certificate in (PKI.wrong_name, PKI.expired, PKI.unknown_ca):
+            self.owner = Owner()
+            with FakeUpstream(certificate=certificate) as upstream:
+                self.assertNotIn("--pin", self.refused(upstream))
 
     def test_wrong_name_gets_no_query_and_the_error_tells_the_right_ones(self) -> None:
         with FakeUpstream(certificate=PKI.wrong_name) as upstream:
@@ -3824,6 +3924,28 @@ class FaultTest(ScenarioTestCase):
         """Stand for an upstream whose packets are dropped."""
         with FullBacklog() as listener:
             yield FakeUpstream(port=listener.port)
+
+
+class SessionTest(ScenarioTestCase):
+    def test_resumed_session_is_checked_for_the_pin(self) -> None:
+        trust = dotproxy.Trust(PKI.ca, pins=[("dot.test", GOOD_PIN)])
+        with FakeUpstream() as upstream, self.client(upstream, trust=trust) as client:
+            client.ask()
+            upstream.drop_connections()
+
+            self.assert_right([client.ask()], 1)
+            upstream.wait_for(lambda u: u.resumed > 0)
+
+    def test_session_is_not_given_to_another_upstream(self) -> None:
+        with FakeUpstream() as upstream:
+            same_twice = self.client(upstream, upstream, strategy="failover")
+            with same_twice as client:
+                upstream.wait_for(lambda u: u.handshakes == 2)
+                client.ask()
+                upstream.drop_connections()
+                upstream.wait_for(lambda u: u.handshakes == 4)
+
+            self.assertEqual(upstream.resumed, 1)
 
 
 class SickUpstreamTest(ScenarioTestCase):
@@ -5896,6 +6018,8 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("listen", "127.0.0.1:5300", (("127.0.0.1", 5300),)),
     ("upstream", "192.0.2.1#dot.test", (Endpoint("192.0.2.1", 853, "dot.test"),)),
     ("ca_file", "/etc/ca.pem", "/etc/ca.pem"),
+    ("pin", f"Cloudflare-DNS.com={GOOD_PIN}", (("cloudflare-dns.com", GOOD_PIN),)),
+    ("tls_min", "1.3", "1.3"),
     ("strategy", "failover", "failover"),
     ("timeout", "2.5", 2.5),
     ("max_in_flight", "77", 77),
@@ -6055,6 +6179,13 @@ class ConfigTest(DotproxyTestCase):
             (["--upstream=https://dot.test"], ["https://dot.test"]),
             (["--upstream=bad/host"], ["'bad/host'"]),
             (["--upstream="], ["''"]),
+            (["--pin=dot.test"], ["'dot.test'", "NAME=BASE64"]),
+            ([f"--pin=dot.test={GOOD_PIN[:-1]}"], [GOOD_PIN[:-1], "NAME=BASE64"]),
+            ([f"--pin=dot.test={GOOD_PIN[4:]}"], [GOOD_PIN[4:], "44 characters"]),
+            ([f"--pin=dot.test={GOOD_PIN[:-4]}_n8="], ["_n8="]),
+            ([f"--pin=bad name={GOOD_PIN}"], ["bad name"]),
+            ([f"--pin=dot.test={GOOD_PIN}"], ["--pin dot.test", "cloudflare-dns.com"]),
+            (["--tls-min=1.1"], ["'1.1'", "1.2", "1.3"]),
             (["--strategy=best"], ["'best'", "fastest"]),
             (["--timeout=0"], ["'0'", "0.1 to 60"]),
             (["--timeout=nan"], ["'nan'"]),
