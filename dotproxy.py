@@ -9,6 +9,7 @@ The path of a query
                                     WorkerPool.submit(the rest)    full -> drop
       UDPHandler.handle             Proxy.resolve                               [worker]
         Proxy.resolve               join the same question in flight, or a new Exchange
+        Routes.send                 the upstreams that the name is asked of
         UpstreamGroup.send          pick an upstream and one of its connections
         Connection.send             assign an ID, put the frame in the Outbox, which is
                                     flushed by whoever finds no flush under way
@@ -31,6 +32,8 @@ Contracts that carry the design
                              cannot take is dropped.
     Exchange                 one question in flight. Lost connection, time-out, hedging
                              and giving up all mean "send it again, or fail it".
+    Routes                   which UpstreamGroup a name is asked of, and no other: one
+                             for each routed domain, one for all other names.
     Plan                     what was decided under UpstreamGroup's lock, on memory
                              alone, to be carried out after it is released.
 
@@ -41,6 +44,7 @@ Threads
     worker-*      pool: send a batch of UDP queries
     stream-*      pool: one per connected TCP client, reads its queries
     upstream-*    one per upstream connection: connects, shakes hands, reads, replies
+                  (a plain one, to the server of a routed domain, shakes no hands)
     timer         whatever has to happen later
 
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
@@ -59,7 +63,8 @@ but for those of Line and StreamHandler, over system calls that do not wait)
     Clients._lock        connected TCP clients
     StreamHandler._lock  octets that the client has not taken yet, queries in flight
 
-    Shelf has no lock: its table is a dict of which only single operations are used.
+    Shelf has no lock: its table is a dict of which only single operations are used. Nor
+    has Routes: it does not change.
 """
 
 from __future__ import annotations
@@ -95,7 +100,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Union
 
 __version__ = "0.1.0"
 
@@ -383,10 +388,14 @@ def find_option(options: bytes, wanted: int) -> bytes | None:
 
 @functools.lru_cache(maxsize=1024)  # 0.1 us against 0.7 us; few shapes of query recur
 def _upstream_opt(length: int, edns_flags: int, options: bytes) -> bytes:
-    """Build the OPT record that pads a message of `length` octets to a whole block."""
+    """Build the OPT record that pads a message of `length` octets to a whole block.
+
+    With a length of 0 it pads nothing.
+    """
     options += PAIR.pack(OPTION_KEEPALIVE, 0)
-    padding = -(length + 11 + len(options) + 4) % QUERY_BLOCK
-    options += PAIR.pack(OPTION_PADDING, padding) + bytes(padding)
+    if length:
+        padding = -(length + 11 + len(options) + 4) % QUERY_BLOCK
+        options += PAIR.pack(OPTION_PADDING, padding) + bytes(padding)
     head = RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, edns_flags, len(options))
     return b"\0" + head + options
 
@@ -400,15 +409,17 @@ _UPSTREAM_HEADS = {
 }
 
 
-def build_upstream_query(query: Query) -> bytes:
+def build_upstream_query(query: Query, padded: bool = True) -> bytes:
     """Build what goes upstream, without its ID: padded, RD and CD carried, AD set.
 
     AD says that we understand the AD bit of the response (RFC 6840 section 5.7);
-    clients that did not say so get the response without it.
+    clients that did not say so get the response without it. Padding hides nothing where
+    there is no encryption (RFC 7830 section 6).
     """
     head = _UPSTREAM_HEADS[query.flags & (RD | CD | Z)]
     question = query.question
-    opt = _upstream_opt(12 + len(question), query.edns_flags, query.options)
+    length = 12 + len(question) if padded else 0
+    opt = _upstream_opt(length, query.edns_flags, query.options)
     return head + question + opt
 
 
@@ -868,6 +879,7 @@ class Cache:
 class ProcessorBinding:
     """Keeps all threads on one processor while much is asked upstream.
 
+    There is one for the process: what counts is the sum of all groups of upstreams.
     Under the GIL only one of them can run at a time, yet each system call may hand it
     to a thread on another processor, and waking that costs more than the call: 47 us of
     CPU and 20 k queries/s for uncached queries on two processors, 35 us and 28 k on
@@ -882,12 +894,16 @@ class ProcessorBinding:
         able = gil and hasattr(os, "sched_setaffinity")
         self._processors = os.sched_getaffinity(0) if able else {0}
         self._bound = False
+        self._rates: dict[object, float] = {}  # by who asks
 
-    def update(self, rate: float) -> None:
-        """Bind or set free as this rate asks for; any thread may call it.
+    def update(self, source: object, rate: float) -> None:
+        """Bind or set free as the sum of all sources' rates asks for; any thread may.
 
-        No lock: two calls at once would at worst bind twice, the last one counts.
+        No lock: two calls at once would at worst bind twice, the last one counts, and
+        single operations of a dict are atomic on every build.
         """
+        self._rates[source] = rate
+        rate = sum(self._rates.copy().values())
         if len(self._processors) < 2 or self.QUIET <= rate <= self.BUSY:
             return
         bind = rate > self.BUSY
@@ -1035,11 +1051,15 @@ class WorkerPool:
 
 # ---- Upstream connections (RFC 7858, RFC 7766, RFC 8310) -----------------------------
 # An exchange is one question in flight. A connection carries many of them, pipelined,
-# to one endpoint that has proved its name. It knows nothing of other connections.
+# to one endpoint that has proved its name, or needs none. It knows nothing of other
+# connections.
 
 
 class Endpoint(NamedTuple):
-    """An upstream's address and the name that its certificate has to prove."""
+    """An upstream's address and the name that its certificate has to prove.
+
+    Without a name it is asked in clear text, over TCP.
+    """
 
     host: str
     port: int
@@ -1047,7 +1067,8 @@ class Endpoint(NamedTuple):
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}#{self.name}"
+        where = f"{host}:{self.port}"
+        return f"{where}#{self.name}" if self.name else f"tcp://{where}"
 
 
 SEQUENCE, INTEGER, EXPLICIT_0 = 0x30, 0x02, 0xA0  # tags of DER, X.690
@@ -1358,8 +1379,34 @@ class TLSChannel:
             return self._tls.version() or "", bool(self._tls.session_reused)
 
 
+class PlainChannel:
+    """What is in place of a TLSChannel where there is no TLS: octets pass as is."""
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """Return the octets to send for this plaintext."""
+        return plaintext
+
+    def decrypt(self, octets: memoryview) -> tuple[bytes, UpstreamError | None, bool]:
+        """Return the plaintext; there is no reason to end, nor anything to say."""
+        return bytes(octets), None, False
+
+    def farewell(self) -> bytes:
+        """Return the last octets to send: none."""
+        return b""
+
+    def session(self) -> None:
+        """Return None: nothing can be resumed."""
+
+    def facts(self) -> tuple[str, bool]:
+        """Return what is logged of a TLS version and of resumption."""
+        return "none", False
+
+
+Channel = Union[TLSChannel, PlainChannel]
+
+
 class Line:
-    """The way to an endpoint: a connected socket and a TLS channel over it.
+    """The way to an endpoint: a connected socket and a channel over it.
 
     Its owner's thread opens it and reads from it, blocking; `shut` wakes that thread
     from any other.
@@ -1382,16 +1429,19 @@ class Line:
 
     def open(
         self, patience: tuple[float, float], session: ssl.SSLSession | None
-    ) -> tuple[TLSChannel, float]:
+    ) -> tuple[Channel, float]:
         """Connect and shake hands, within so many seconds each; raises UpstreamError.
 
-        Returns the channel, to an endpoint that has proved its name, and the seconds
-        that the TCP handshake took, which is a round trip.
+        Returns the channel, to an endpoint that has proved its name if it has one, and
+        the seconds that the TCP handshake took, which is a round trip.
         """
         start = self._clock()
         raw = self._connect(start + patience[0])
         round_trip = self._clock() - start
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not self._endpoint.name:
+            raw.settimeout(None)
+            return PlainChannel(), round_trip
         channel = TLSChannel(self._trust, self._endpoint.name, session)
         deadline = self._clock() + patience[1]
         try:
@@ -1533,7 +1583,7 @@ class Outbox:
     def __init__(self, line: Line, choked: Callable[[], None]) -> None:
         self._line = line
         self._choked = choked
-        self._channel: TLSChannel | None = None
+        self._channel: Channel | None = None
         self._unsent = b""  # belongs to the flusher
         self._lock = threading.Lock()  # guards all below
         self._flushed = threading.Condition(self._lock)  # told when a flush ends
@@ -1543,7 +1593,7 @@ class Outbox:
         self._stalled = True  # none may enter it: not open, no room, or broken
         self._closed = False
 
-    def open(self, channel: TLSChannel) -> None:
+    def open(self, channel: Channel) -> None:
         """Begin to send."""
         with self._lock:
             self._channel = channel
@@ -1612,7 +1662,7 @@ class Outbox:
 
 
 class Connection:
-    """One TLS connection to an upstream, with many queries in flight.
+    """One connection to an upstream, with many queries in flight.
 
     Its own thread connects, shakes hands and reads; any thread may send, none waits for
     another or for the network.
@@ -1647,7 +1697,7 @@ class Connection:
         self._session = session
         self._clock = clock
         self._line = Line(endpoint, trust, clock)
-        self._channel: TLSChannel | None = None
+        self._channel: Channel | None = None
         self._outbox = Outbox(self._line, self._choked)
         self._lock = threading.Lock()  # guards all below
         self._pending: dict[int, tuple[Exchange, float]] = {}
@@ -1732,7 +1782,7 @@ class Connection:
         finally:
             self._owner.connection_lost(self, error, self._shut())
 
-    def _read(self, channel: TLSChannel) -> None:
+    def _read(self, channel: Channel) -> None:
         """Read and hand on answers until the connection ends; raises UpstreamError."""
         buffer = b""
         while True:
@@ -2579,6 +2629,7 @@ class UpstreamGroup(ConnectionOwner):
         strategy: str = "fastest",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        binding: ProcessorBinding | None = None,
     ) -> None:
         self._trust = trust
         self._timer = timer
@@ -2591,7 +2642,7 @@ class UpstreamGroup(ConnectionOwner):
         self._active_at = 0.0
         self._watching = False  # the next look at the connections is planned
         self._sleep = SleepDetector(clock(), wall)
-        self._binding = ProcessorBinding()
+        self._binding = binding or ProcessorBinding()
         self._sent = 0  # exchanges, since the last look
         self._closed = False
 
@@ -2738,7 +2789,7 @@ class UpstreamGroup(ConnectionOwner):
             self._watching = active or len(self._fleet.homes) > 0
             watching = self._watching
             rate, self._sent = self._sent / self.ROUND, 0
-        self._binding.update(rate)
+        self._binding.update(self, rate)
         if watching and not self._closed:
             self._watch()
 
@@ -2907,6 +2958,101 @@ class Shelf:
         self._hot[question] = (min(until, entry.expires), answer, entry)
 
 
+Route = tuple[str, Endpoint]  # a domain in lower case, and one of its servers
+
+
+def encode_domain(domain: str) -> bytes:
+    """Return a domain name without its last dot in wire format."""
+    labels = [label.encode("ascii") for label in domain.split(".")]
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+
+
+def begins_label(name: bytes, offset: int) -> bool:
+    """Tell whether a label of this name in wire format, or its end, is at `offset`."""
+    start = 0
+    while start < offset:
+        start += name[start] + 1
+    return start == offset
+
+
+class Routes:
+    """Which upstreams a name is asked of: a group for each routed domain and the rest.
+
+    A name at or below a routed domain goes to that domain's upstreams alone, in working
+    order or not: it must never be seen by the others. The longest domain counts.
+    Nothing changes after construction; any thread may call any method, only `close`
+    blocks.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        routes: Iterable[Route],
+        build: Callable[[Sequence[Endpoint]], UpstreamGroup],
+    ) -> None:
+        """Prepare the groups; `build` makes one of the endpoints that it is given."""
+        servers: dict[str, list[Endpoint]] = {}
+        for domain, endpoint in routes:
+            servers.setdefault(domain, []).append(endpoint)
+        self._default = build(endpoints)
+        self._groups = {domain: build(found) for domain, found in servers.items()}
+        self._by_name = {encode_domain(d): group for d, group in self._groups.items()}
+        self._lengths = sorted({len(name) for name in self._by_name}, reverse=True)
+        self._plain = {
+            self._groups[domain]
+            for domain, found in servers.items()
+            if not all(endpoint.name for endpoint in found)
+        }
+        # Where nothing is routed it costs nothing.
+        self.send = self._send_by_name if servers else self._default.send
+
+    def start(self) -> None:
+        """Connect to all upstreams; returns at once."""
+        for group in (self._default, *self._groups.values()):
+            group.start()
+
+    def close(self) -> None:
+        """Close all connections and wait for their threads."""
+        for group in (self._default, *self._groups.values()):
+            group.close()
+
+    def describe(self) -> list[str]:
+        """Return a line for each upstream on how it does, for the log."""
+        routed = [
+            f"{line} domain={domain}"
+            for domain, group in self._groups.items()
+            for line in group.describe()
+        ]
+        return self._default.describe() + routed
+
+    def _send_by_name(self, exchanges: Sequence[Exchange], now: float) -> None:
+        """Send new exchanges, each to the upstreams of its name."""
+        rest: list[Exchange] = []
+        routed: dict[UpstreamGroup, list[Exchange]] = {}
+        for exchange in exchanges:
+            group = self._find(exchange.query)
+            if group is None:
+                rest.append(exchange)
+                continue
+            if group in self._plain:
+                exchange.wire = build_upstream_query(exchange.query, padded=False)
+            routed.setdefault(group, []).append(exchange)
+        for group, share in routed.items():
+            group.send(share, now)
+        if rest:
+            self._default.send(rest, now)
+
+    def _find(self, query: Query) -> UpstreamGroup | None:
+        """Return the group of the longest routed domain that the name is in."""
+        end = len(query.question) - 4
+        name = query.key[:end]  # in lower case
+        for length in self._lengths:
+            group = self._by_name.get(name[-length:])
+            if group is not None and begins_label(name, end - length):
+                return group
+        return None
+
+
 class Proxy:
     """Has a question asked once for everyone who waits, where the cache cannot help."""
 
@@ -2920,6 +3066,7 @@ class Proxy:
         timeout: float = 4.0,
         max_in_flight: int = 10_000,
         strategy: str = "fastest",
+        routes: Iterable[Route] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
@@ -2932,9 +3079,17 @@ class Proxy:
         self.lookup = self._shelf.lookup
         self.lookup_stream = self._shelf.lookup_stream
         self.flush = self._shelf.flush
-        self._group = UpstreamGroup(
-            endpoints, trust, timer, self.complete, strategy=strategy, clock=clock
-        )
+        binding = ProcessorBinding()
+
+        def build(group: Sequence[Endpoint]) -> UpstreamGroup:
+            return UpstreamGroup(
+                *(group, trust, timer, self.complete),
+                strategy=strategy,
+                clock=clock,
+                binding=binding,
+            )
+
+        self._upstreams = Routes(endpoints, routes, build)
         # Guards _exchanges, _count, _idle, and the waiters of exchanges.
         self._lock = threading.Lock()
         self._exchanges: dict[bytes, Exchange] = {}
@@ -2943,7 +3098,7 @@ class Proxy:
 
     def start(self) -> None:
         """Connect to the upstreams; returns at once."""
-        self._group.start()
+        self._upstreams.start()
 
     @property
     def in_flight(self) -> int:
@@ -2953,7 +3108,7 @@ class Proxy:
     def describe(self) -> list[str]:
         """Return lines that tell the state of the proxy, for the log."""
         cache = f"cache_entries={len(self._cache)} cache_bytes={self._cache.size}"
-        return [f"in_flight={self._count} {cache}", *self._group.describe()]
+        return [f"in_flight={self._count} {cache}", *self._upstreams.describe()]
 
     def drain(self, seconds: float) -> bool:
         """Wait until every query is answered, at most so long; this one blocks."""
@@ -2962,7 +3117,7 @@ class Proxy:
 
     def close(self) -> None:
         """Close the upstream connections."""
-        self._group.close()
+        self._upstreams.close()
 
     def resolve(self, queries: Sequence[Waiter]) -> None:
         """Have each query answered through its `reply`, exactly once; never blocks."""
@@ -2999,7 +3154,7 @@ class Proxy:
             if each.query.cache_key not in cache or not self._answered_late(each, now)
         ]
         if fresh:
-            self._group.send(fresh, now)
+            self._upstreams.send(fresh, now)
 
     def complete(self, outcomes: list[Outcome]) -> None:
         """Answer everyone who waits for these exchanges, unless that was done."""
@@ -3084,7 +3239,7 @@ class Proxy:
                 return
             exchange = Exchange(query, now, now + self._timeout)
             self._exchanges[query.key] = exchange
-        self._group.send([exchange], now)
+        self._upstreams.send([exchange], now)
 
     def _shed_locked(self) -> list[Waiter]:
         """Take out the oldest queries of the clients with the most in flight.
@@ -3497,6 +3652,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
 
 DEFAULT_PORT = 5353
 DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
+DNS_PORT = 53
 DOT_PORT = 853  # RFC 7858 section 3.1
 DEFAULT_UPSTREAMS = tuple(
     Endpoint(host, DOT_PORT, "cloudflare-dns.com")
@@ -3513,6 +3669,7 @@ class Config:
 
     listen: tuple[Address, ...] = DEFAULT_LISTEN
     upstream: tuple[Endpoint, ...] = DEFAULT_UPSTREAMS
+    route: tuple[Route, ...] = ()
     ca_file: str | None = None
     pin: tuple[tuple[str, str], ...] = ()  # pairs of a TLS name and a public_key_pin
     tls_min: str = "1.2"
@@ -3530,7 +3687,7 @@ class Config:
     listen_given: bool = False
 
 
-LISTS = {"listen", "pin", "upstream"}  # options that may be given several times
+LISTS = {"listen", "pin", "route", "upstream"}  # options that may be given repeatedly
 
 
 def split_port(text: str, port: int) -> tuple[str, int]:
@@ -3563,10 +3720,17 @@ def parse_listen(text: str) -> Address:
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}") from None
 
 
-def is_host(text: str) -> bool:
-    """Tell whether this is an IP address or looks like a host name."""
+def is_address(text: str) -> bool:
+    """Tell whether this is an IP address."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(text)
+        return True
+    return False
+
+
+def is_host(text: str) -> bool:
+    """Tell whether this is an IP address or looks like a host name."""
+    if is_address(text):
         return True
     labels = text.rstrip(".").split(".")
     return len(text) <= MAX_NAME and all(
@@ -3577,22 +3741,48 @@ def is_host(text: str) -> bool:
     )
 
 
-def parse_endpoint(text: str) -> Endpoint:
+def parse_endpoint(text: str, port: int = DOT_PORT) -> Endpoint:
     """Parse `[tls://]HOST[:PORT][#TLS-NAME]`, for argparse; `@PORT` does as well."""
     address, sharp, name = text.partition("#")
+    if address.startswith("tcp://"):
+        hint = "plain DNS is for --route DOMAIN=tcp://HOST only; leave out tcp://"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
     if address.startswith("tls://"):
         address = address[6:]
     if "@" in address:
         host, _, digits = address.rpartition("@")
         address = f"[{host.strip('[]')}]:{digits}"
     try:
-        host, port = split_port(address, DOT_PORT)
+        host, port = split_port(address, port)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if (sharp and not is_host(name)) or not is_host(host) or not port:
         hint = "write HOST[:PORT][#TLS-NAME], such as 9.9.9.9#dns.quad9.net"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
     return Endpoint(host, port, name or host)
+
+
+def parse_route(text: str) -> Route:
+    """Parse `DOMAIN=ENDPOINT` or `DOMAIN=tcp://HOST[:PORT]`, for argparse."""
+    domain, _, upstream = text.partition("=")
+    domain = domain.lower()
+    if domain == ".":
+        hint = "this is every name: give its servers with --upstream"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+    domain = domain[:-1] if domain.endswith(".") else domain
+    if is_address(domain):
+        hint = "names of addresses are under a domain such as 10.in-addr.arpa"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+    named = is_host(domain) and not domain.endswith(".") and len(domain) < MAX_NAME - 1
+    if not named or not upstream:
+        hint = "write DOMAIN=HOST#NAME or DOMAIN=tcp://HOST, such as lan=tcp://10.0.0.1"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+    if not upstream.startswith("tcp://"):
+        return domain, parse_endpoint(upstream)
+    if "#" in upstream:
+        hint = "plain DNS proves no name: leave out tcp://, or #NAME"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
+    return domain, parse_endpoint(upstream[6:], DNS_PORT)._replace(name="")
 
 
 def parse_pin(text: str) -> tuple[str, str]:
@@ -3701,12 +3891,25 @@ def add_upstream_options(group: argparse._ArgumentGroup) -> None:
         "its other three addresses)",
     )
     group.add_argument(
+        "--route",
+        metavar="DOMAIN=UPSTREAM",
+        type=parse_route,
+        action="append",
+        help="ask this server, and no others, for names at and below DOMAIN; written "
+        "as for --upstream, or tcp://HOST[:PORT] for plain DNS; repeatable, also for "
+        "one DOMAIN",
+    )
+    group.add_argument(
         "--strategy",
         choices=STRATEGIES,
         metavar="HOW",
         help="choose among upstreams: fastest, round-robin, random or failover (in the "
         "order given) (default: fastest)",
     )
+
+
+def add_trust_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what resolvers have to prove."""
     group.add_argument(
         "--ca-file",
         metavar="PEM",
@@ -3775,6 +3978,7 @@ def build_parser() -> Parser:
     )
     add_serving_options(parser.add_argument_group("serving"))
     add_upstream_options(parser.add_argument_group("upstream"))
+    add_trust_options(parser.add_argument_group("trust"))
     add_cache_options(parser.add_argument_group("cache"))
     group = parser.add_argument_group("about")
     group.add_argument(
@@ -3787,13 +3991,19 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_pins(config: Config) -> None:
-    """Raise ConfigError where a pin is for a name that no server has."""
-    names = {endpoint.name.lower() for endpoint in config.upstream}
+def check_upstreams(config: Config) -> None:
+    """Raise ConfigError where options on upstreams contradict each other."""
+    servers = [*config.upstream, *(endpoint for _, endpoint in config.route)]
+    names = {endpoint.name.lower() for endpoint in servers} - {""}
     for name, _ in config.pin:
         if name not in names:
             known = ", ".join(sorted(names))
             raise ConfigError(f"--pin {name}: no upstream has this name, but {known}")
+    plain = {domain for domain, endpoint in config.route if not endpoint.name}
+    for domain, endpoint in config.route:
+        if domain in plain and endpoint.name:
+            text = "some of its servers are asked over TLS and some in clear text"
+            raise ConfigError(f"--route {domain}: {text}; give one kind")
 
 
 def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -3816,7 +4026,7 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     for name in LISTS & set(chosen):
         chosen[name] = tuple(dict.fromkeys(chosen[name]))
     config = Config(**chosen, listen_given="listen" in chosen)
-    check_pins(config)
+    check_upstreams(config)
     return config
 
 
@@ -3911,6 +4121,7 @@ class Daemon:
             timeout=config.timeout,
             max_in_flight=config.max_in_flight,
             strategy=config.strategy,
+            routes=config.route,
         )
         self._workers = WorkerPool("worker", WORKERS, BACKLOG)
         limit = config.max_tcp_clients
@@ -3987,10 +4198,14 @@ def run(config: Config) -> int:
     tune_collector()
     daemon.start()
     logger.info(
-        "ready: listen=%s upstream=%s",
+        "ready: listen=%s upstream=%s%s",
         describe_servers(daemon.servers),
         " ".join(str(endpoint) for endpoint in config.upstream),
+        "".join(f" route={domain}={endpoint}" for domain, endpoint in config.route),
     )
+    for domain, endpoint in config.route:
+        if not endpoint.name:
+            logger.info("not encrypted: domain=%s upstream=%s", domain, endpoint)
     while (action := actions.get(signal.Signals(signals.get()))) is not None:
         action()
     logger.info("stopping")

@@ -50,7 +50,7 @@ import tracemalloc
 import unittest
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union
 from unittest import mock
 
 import dotproxy
@@ -598,6 +598,7 @@ class TCPClient:
 #   another script      to be called in turn
 # Wherever a script is expected, what it returns may stand instead: FakeUpstream("::1").
 
+T = TypeVar("T")
 Reply = Union[str, bytes, "Script", None]
 Script = Callable[[Message, "FakeConnection"], Reply]
 
@@ -721,6 +722,8 @@ class FakeConnection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.upstream.on_accept == "tls":
             self._handshake()
+            self._read_queries()
+        elif self.upstream.on_accept == "plain":
             self._read_queries()
         elif self.upstream.on_accept == "close":
             self.cut()
@@ -919,7 +922,7 @@ class FakeUpstream:
         self.script = script
         self.certificate = certificate
         self.host, self.port = host, port
-        self.on_accept = on_accept  # or "hang", "close", "garbage"
+        self.on_accept = on_accept  # or "plain", "hang", "close", "garbage"
         self.maximum_version = maximum_version
         self.idle_timeout = idle_timeout
         self.queries: list[Message] = []
@@ -1439,6 +1442,15 @@ class UpstreamQueryTest(DotproxyTestCase):
         )
         self.assertEqual(sent.opt.options[-1][1].strip(b"\0"), b"")
 
+    def test_query_in_clear_text_is_not_padded(self) -> None:
+        asked = dotproxy.parse_query(query(do=True, options=option(UNKNOWN_OPTION)))
+
+        sent = parse(b"\0\0" + dotproxy.build_upstream_query(asked, padded=False)).opt
+
+        assert sent is not None
+        codes = [code for code, _ in sent.options]
+        self.assertEqual((codes, sent.flags), ([UNKNOWN_OPTION, KEEPALIVE], DO))
+
     def test_record_that_is_no_opt_is_not_sent_on(self) -> None:
         body = QUESTION + record(".", 250, b"signature") + OPT_RECORD
 
@@ -1869,6 +1881,41 @@ class TimerTest(DotproxyTestCase):
         self.timer.close()
 
 
+class ProcessorBindingTest(DotproxyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.processors = {0, 1}
+        for module, name, function in (
+            (os, "sched_getaffinity", lambda _: self.processors),
+            (os, "sched_setaffinity", self.bind),
+            (sys, "_is_gil_enabled", lambda: True),
+        ):
+            patch = mock.patch.object(module, name, function, create=True)
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.binding = dotproxy.ProcessorBinding()
+
+    def bind(self, thread: int, processors: set[int]) -> None:
+        self.processors = processors
+
+    def test_sum_of_all_rates_binds_and_sets_free(self) -> None:
+        for source, rate, number in (
+            ("one", 3000.0, 2),
+            ("other", 3000.0, 1),
+            ("other", 0.0, 1),  # neither busy nor quiet
+            ("one", 500.0, 2),
+        ):
+            self.binding.update(source, rate)
+            with self.subTest(source=source, rate=rate):
+                self.assertEqual(len(self.processors), number)
+
+    def test_quiet_group_does_not_set_a_busy_one_free(self) -> None:
+        self.binding.update("busy", 5000.0)
+        self.binding.update("quiet", 0.0)
+
+        self.assertEqual(len(self.processors), 1)
+
+
 def join(barrier: threading.Barrier) -> None:
     """Wait at a barrier, as a task."""
     barrier.wait(5)
@@ -2239,6 +2286,31 @@ class ConnectionTest(DotproxyTestCase):
 
         self.assertEqual(self.owner.error.cause, "ended")
 
+    def test_plain_endpoint_is_asked_without_tls(self) -> None:
+        many = [asking(query(f"{n}.example")) for n in range(100)]
+        upstream = FakeUpstream(on_accept="plain")
+        with upstream, self.connected(upstream, name="") as connection:
+            connection.send(many, 0.0)
+            self.wait_for_answers(100)
+
+            self.assertEqual(connection.facts(), ("none", False))
+            self.assertIsNone(connection.session())
+        self.assertEqual(self.owner.error.cause, "ended")
+
+    def test_misfit_ends_a_plain_connection(self) -> None:
+        for script, cause in (
+            (wrong_id, "garbage"),
+            (other_case, "garbage"),
+            (garbage, "garbage"),
+            (short_frame, "closed"),
+            (cut, "closed"),
+            (reset, "reset"),
+        ):
+            self.owner = Owner()
+            upstream = FakeUpstream(script, on_accept="plain")
+            with self.subTest(str(script)), upstream:
+                self.check_misfit(upstream, cause, name="")
+
     def test_nothing_listening_is_an_error_that_tells_the_port(self) -> None:
         upstream = FakeUpstream()
         with upstream:
@@ -2308,9 +2380,11 @@ class ConnectionTest(DotproxyTestCase):
             with self.subTest(str(script)), FakeUpstream(script) as upstream:
                 self.check_misfit(upstream, cause)
 
-    def check_misfit(self, upstream: FakeUpstream, cause: str) -> None:
+    def check_misfit(
+        self, upstream: FakeUpstream, cause: str, name: str = "dot.test"
+    ) -> None:
         asked = asking(query())
-        with self.connected(upstream) as connection:
+        with self.connected(upstream, name) as connection:
             connection.send([asked], 0.0)
             self.assertTrue(self.owner.lost.wait(5))
             self.assertFalse(connection.send([asking(query())], 0.0))
@@ -3317,7 +3391,12 @@ class StubProxyTestCase(MemoryTestCase):
         self.answers: list[Message] = []
         self.build()
 
-    def build(self, count: int = 1, max_in_flight: int = 10_000) -> None:
+    def build(
+        self,
+        count: int = 1,
+        max_in_flight: int = 10_000,
+        routes: Sequence[dotproxy.Route] = (),
+    ) -> None:
         self.connections.clear()
         self.timer = ManualTimer(self.clock)
         group = functools.partial(UpstreamGroup, wall=self.wall)
@@ -3329,6 +3408,7 @@ class StubProxyTestCase(MemoryTestCase):
                 dotproxy.Cache(0),
                 clock=self.clock,
                 max_in_flight=max_in_flight,
+                routes=routes,
             )
 
     def connect(
@@ -3577,6 +3657,144 @@ class ProxyTest(StubProxyTestCase):
 # ---- Scenarios: a real Proxy, a real Timer, TLS on loopback --------------------------
 
 
+class RoutesTest(StubProxyTestCase):
+    """Two upstreams for all names, and others for some domains."""
+
+    TLS = Endpoint("203.0.113.1", 853, "dns.corp.example")
+    PLAIN = Endpoint("203.0.113.2", 53, "")
+    DEEP = Endpoint("203.0.113.3", 853, "deep.corp.example")
+    ROUTES = (
+        ("corp.example", TLS),
+        ("cluster.local", PLAIN),
+        ("deep.corp.example", DEEP),
+        ("corp.example", TLS._replace(host="203.0.113.4")),
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.build(routes=self.ROUTES)
+        self.proxy.start()
+
+    def at(self, host: str) -> StubConnection:
+        """Return the last connection to this host."""
+        return [c for c in self.connections if c.endpoint.host == host][-1]
+
+    def asked(self) -> dict[str, list[str]]:
+        """List by host which queries wait there."""
+        return {c.endpoint.host: c.names for c in self.connections if c.names}
+
+    def open_all(self) -> None:
+        for connection in self.connections:
+            connection.open(connection.opened_at or 0.01)
+
+    def test_each_name_is_asked_of_its_own_servers(self) -> None:
+        for name, host in {
+            "www.example": "192.0.2.1",
+            "corp.example": "203.0.113.1",
+            "a.b.CORP.example": "203.0.113.1",
+            "acorp.example": "192.0.2.1",
+            "corp.example.com": "192.0.2.1",
+            "example": "192.0.2.1",
+            ".": "192.0.2.1",
+            "deep.corp.example": "203.0.113.3",
+            "x.deep.corp.example": "203.0.113.3",
+            "xdeep.corp.example": "203.0.113.1",
+            "svc.cluster.LOCAL": "203.0.113.2",
+            "local": "192.0.2.1",
+        }.items():
+            self.build(routes=self.ROUTES)
+            self.proxy.start()
+            self.open_all()
+            with self.subTest(name):
+                self.ask(name)
+                self.assertEqual(list(self.asked()), [host])
+
+    def test_domain_in_the_middle_of_a_label_is_not_below_it(self) -> None:
+        self.open_all()
+        label = b"x" + dotproxy.encode_domain("corp.example")[:-1]
+        question = bytes([len(label)]) + label + b"\0" + b"\0\1\0\1"
+        asked = dotproxy.parse_query(counted(1, 0, 0, 0, body=question))
+
+        self.proxy.resolve([(asked, self.reply)])
+
+        self.assertEqual(list(self.asked()), ["192.0.2.1"])
+
+    def test_batch_is_shared_out(self) -> None:
+        self.open_all()
+
+        self.ask("a.example", "b.corp.example", "c.cluster.local", "d.example")
+
+        self.assertEqual(
+            self.asked(),
+            {"192.0.2.1": ["a", "d"], "203.0.113.1": ["b"], "203.0.113.2": ["c"]},
+        )
+
+    def test_second_server_of_a_domain_takes_over(self) -> None:
+        self.at("203.0.113.4").open()
+        self.at("192.0.2.1").open()
+
+        self.ask("a.corp.example")
+
+        self.assertEqual(self.asked(), {"203.0.113.4": ["a"]})
+
+    def test_name_of_a_server_that_is_down_is_asked_nowhere_else(self) -> None:
+        self.open_all()
+        self.at("203.0.113.2").lose()
+        known = len(self.connections) - 1
+
+        self.ask("a.cluster.local")
+        while not self.answers:
+            self.assertEqual(self.asked(), {})
+            new, known = self.connections[known:], len(self.connections)
+            for connection in new:
+                connection.lose("refused")
+            self.advance(0.5)
+
+        (answer,) = self.answers
+        assert answer.opt is not None
+        self.assertEqual(answer.rcode, Rcode.SERVFAIL)
+        self.assertIn(b"tcp://203.0.113.2:53: refused", answer.opt.options[0][1])
+
+    def test_query_is_padded_where_it_is_encrypted(self) -> None:
+        self.open_all()
+
+        self.ask("a.example", "b.corp.example", "c.cluster.local")
+
+        sizes = {
+            host: len(self.at(host).waiting[0][0].wire) + 2 for host in self.asked()
+        }
+        self.assertEqual((sizes["192.0.2.1"], sizes["203.0.113.1"]), (128, 128))
+        self.assertLess(sizes["203.0.113.2"], 64)
+
+    def test_all_groups_share_one_binding(self) -> None:
+        with mock.patch.object(dotproxy, "ProcessorBinding") as made:
+            self.build(routes=self.ROUTES)
+
+        self.assertEqual(made.call_count, 1)
+
+    def test_state_tells_the_domains(self) -> None:
+        lines = self.proxy.describe()[1:]
+
+        found = [(line.split()[0], line.partition("domain=")[2]) for line in lines]
+        self.assertEqual(
+            found,
+            [
+                ("name=192.0.2.1:853#dot.test", ""),
+                ("name=203.0.113.1:853#dns.corp.example", "corp.example"),
+                ("name=203.0.113.4:853#dns.corp.example", "corp.example"),
+                ("name=tcp://203.0.113.2:53", "cluster.local"),
+                ("name=203.0.113.3:853#deep.corp.example", "deep.corp.example"),
+            ],
+        )
+
+    def test_end_closes_every_connection(self) -> None:
+        self.open_all()
+
+        self.proxy.close()
+
+        self.assertEqual({c.closed for c in self.connections}, {True})
+
+
 class Result(NamedTuple):
     """An answer, and the seconds that it took."""
 
@@ -3657,6 +3875,7 @@ class ScenarioTestCase(DotproxyTestCase):
         strategy: str = "fastest",
         name: str = "dot.test",
         trust: dotproxy.Trust = TRUST,
+        routes: Sequence[dotproxy.Route] = (),
     ) -> Iterator[Asker]:
         """Run a proxy in front of these upstreams."""
         timer = dotproxy.Timer()
@@ -3668,6 +3887,7 @@ class ScenarioTestCase(DotproxyTestCase):
             dotproxy.Cache(0),
             timeout=timeout,
             strategy=strategy,
+            routes=routes,
         )
         timer.start()
         proxy.start()
@@ -3927,6 +4147,15 @@ class FaultTest(ScenarioTestCase):
 
 
 class SessionTest(ScenarioTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        quiet = mock.patch.multiple(dotproxy.Health, OVERDUE_MIN=60, OVERDUE_MAX=60)
+        quiet.start()
+        self.addCleanup(quiet.stop)
+        still = mock.patch.object(Dispatcher, "EXPLORE", 0.0)
+        still.start()
+        self.addCleanup(still.stop)
+
     def test_resumed_session_is_checked_for_the_pin(self) -> None:
         trust = dotproxy.Trust(PKI.ca, pins=[("dot.test", GOOD_PIN)])
         with FakeUpstream() as upstream, self.client(upstream, trust=trust) as client:
@@ -3946,6 +4175,95 @@ class SessionTest(ScenarioTestCase):
                 upstream.wait_for(lambda u: u.handshakes == 4)
 
             self.assertEqual(upstream.resumed, 1)
+
+    def test_session_is_not_given_to_the_server_of_a_domain(self) -> None:
+        with FakeUpstream() as upstream:
+            endpoint = Endpoint(*upstream.address, "dot.test")
+            routes = [("corp.example", endpoint)]
+            with self.client(upstream, routes=routes) as client:
+                upstream.wait_for(lambda u: u.handshakes == 2)
+                client.ask()
+                upstream.drop_connections()
+                upstream.wait_for(lambda u: u.handshakes == 4)
+
+            self.assertEqual(upstream.resumed, 1)
+
+
+class SplitHorizonTest(ScenarioTestCase):
+    """One upstream for all names, one for corp.example, and a plain one for lan."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        public = FakeUpstream()
+        corp = FakeUpstream(certificate=PKI.good2)
+        lan = FakeUpstream(on_accept="plain")
+        for upstream in (public, corp, lan):
+            self.enter(upstream)
+        self.public, self.corp, self.lan = public, corp, lan
+        routes = [
+            ("corp.example", Endpoint(*corp.address, "dot.test")),
+            ("lan", Endpoint(*lan.address, "")),
+        ]
+        self.asker = self.enter(self.client(public, routes=routes))
+
+    def enter(self, manager: contextlib.AbstractContextManager[T]) -> T:
+        """Have a context until the test has ended."""
+        entered = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return entered
+
+    def assert_public_saw_nothing(self) -> None:
+        names = {message.qname for message in self.public.queries}
+        private = [n for n in names if n.endswith(("corp.example", "lan"))]
+        self.assertEqual(private, [])
+
+    def test_each_server_sees_its_own_names(self) -> None:
+        self.asker.send(*["a.example", "b.corp.example", "c.lan", "lan"])
+
+        self.assert_right(self.asker.collect(4), 4)
+        for upstream, names in (
+            (self.public, ["a.example"]),
+            (self.corp, ["b.corp.example"]),
+            (self.lan, ["c.lan", "lan"]),
+        ):
+            found = sorted({message.qname.rstrip(".") for message in upstream.queries})
+            self.assertEqual(found, names)
+
+    def test_servfail_of_a_domains_server_is_passed_on(self) -> None:
+        self.corp.script = lambda message, _: response(message.raw, rcode=2)
+
+        result = self.asker.ask("a.corp.example")
+
+        self.assertEqual(result.message.rcode, Rcode.SERVFAIL)
+        self.assert_public_saw_nothing()
+
+    def recovered(self, name: str) -> bool:
+        return self.asker.ask(name).right
+
+    def test_domain_whose_servers_are_gone_gets_servfail_and_comes_back(self) -> None:
+        self.enter(mock.patch.object(Health, "GRACE", 0.1))
+        for upstream, domain in ((self.corp, "corp.example"), (self.lan, "lan")):
+            self.assert_right([self.asker.ask(f"a.{domain}")], 1)
+            upstream.stop()
+
+            lost = self.asker.ask(f"b.{domain}")
+            self.assertEqual(lost.message.rcode, Rcode.SERVFAIL)
+            self.assertIn(f"127.0.0.1:{upstream.port}", lost.reason)
+            self.assert_right([self.asker.ask(f"{domain}.example")], 1)
+
+            upstream.start()
+            wait_until(functools.partial(self.recovered, f"c.{domain}"))
+        self.assert_public_saw_nothing()
+
+    def test_restarts_of_a_plain_server_lose_nothing(self) -> None:
+        for restart in range(5):
+            self.asker.send(*[f"a{restart}-{n}.lan" for n in range(10)])
+            self.lan.stop(reset=restart % 2 == 0)
+            self.asker.send(*[f"b{restart}-{n}.lan" for n in range(10)])
+            self.lan.start()
+            self.assert_right(self.asker.collect(20), 20)
+
+        self.assert_public_saw_nothing()
 
 
 class SickUpstreamTest(ScenarioTestCase):
@@ -5551,12 +5869,17 @@ class OutageTest(DotproxyTestCase):
             self.addCleanup(patch.stop)
 
     @contextlib.contextmanager
-    def running(self, upstream: FakeUpstream) -> Iterator[None]:
+    def running(
+        self, upstream: FakeUpstream, routes: Sequence[dotproxy.Route] = ()
+    ) -> Iterator[None]:
         """Have a proxy for this upstream, with its threads."""
         timer = dotproxy.Timer(self.clock)
         endpoint = dotproxy.Endpoint(*upstream.address, "dot.test")
         self.proxy = Proxy(
-            [endpoint], TRUST, timer, Cache(1 << 20), clock=self.clock, timeout=3.0
+            *([endpoint], TRUST, timer, Cache(1 << 20)),
+            clock=self.clock,
+            timeout=3.0,
+            routes=routes,
         )
         timer.start()
         self.proxy.start()
@@ -5616,6 +5939,23 @@ class OutageTest(DotproxyTestCase):
             upstream.script = "192.0.2.2"
 
             self.expect_fresh_answer()
+
+
+    def test_known_name_of_a_domain_survives_its_server(self) -> None:
+        with FakeUpstream() as public, FakeUpstream(on_accept="plain") as private:
+            routes = [("example.com", Endpoint(*private.address, ""))]
+            with self.running(public, routes):
+                self.ask()
+                self.clock.skip(301.0)
+                private.stop()
+
+                self.expect_known_answer()
+                private.script = "192.0.2.2"
+                private.start()
+
+                self.expect_fresh_answer()
+
+            self.assertEqual(public.queries, [])
 
 
 # ---- Servers -------------------------------------------------------------------------
@@ -6018,6 +6358,11 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("listen", "127.0.0.1:5300", (("127.0.0.1", 5300),)),
     ("upstream", "192.0.2.1#dot.test", (Endpoint("192.0.2.1", 853, "dot.test"),)),
     ("ca_file", "/etc/ca.pem", "/etc/ca.pem"),
+    (
+        "route",
+        "corp.example=192.0.2.1#dot.test",
+        (("corp.example", Endpoint("192.0.2.1", 853, "dot.test")),),
+    ),
     ("pin", f"Cloudflare-DNS.com={GOOD_PIN}", (("cloudflare-dns.com", GOOD_PIN),)),
     ("tls_min", "1.3", "1.3"),
     ("strategy", "failover", "failover"),
@@ -6137,9 +6482,45 @@ class ConfigTest(DotproxyTestCase):
                 self.assertEqual(found, Endpoint(*endpoint))
 
     def test_endpoint_as_text_is_what_it_was_parsed_from(self) -> None:
-        for text in ("192.0.2.1:853#dot.test", "[2001:db8::1]:8853#dot.test"):
+        for text in (
+            *("192.0.2.1:853#dot.test", "[2001:db8::1]:8853#dot.test"),
+            *("tcp://192.0.2.1:53", "tcp://[2001:db8::1]:5353"),
+        ):
             with self.subTest(text):
-                self.assertEqual(str(dotproxy.parse_endpoint(text)), text)
+                _, endpoint = dotproxy.parse_route(f"corp.example={text}")
+                self.assertEqual(str(endpoint), text)
+
+    def test_route_syntax(self) -> None:
+        for text, route in {
+            "corp.example=192.0.2.1": ("corp.example", "192.0.2.1", 853, "192.0.2.1"),
+            "Corp.Example.=192.0.2.1#a.b": ("corp.example", "192.0.2.1", 853, "a.b"),
+            "lan=tls://192.0.2.1#a.b": ("lan", "192.0.2.1", 853, "a.b"),
+            "lan=tcp://192.0.2.1": ("lan", "192.0.2.1", 53, ""),
+            "lan=tcp://dns.test:5353": ("lan", "dns.test", 5353, ""),
+            "lan=tcp://[2001:db8::1]": ("lan", "2001:db8::1", 53, ""),
+            "_tcp.lan=tcp://192.0.2.1@53": ("_tcp.lan", "192.0.2.1", 53, ""),
+            "10.in-addr.arpa=192.0.2.1": (
+                *("10.in-addr.arpa", "192.0.2.1"),
+                *(853, "192.0.2.1"),
+            ),
+        }.items():
+            with self.subTest(text):
+                ((domain, endpoint),) = configured("--route", text).route
+                self.assertEqual((domain, *endpoint), route)
+
+    def test_domain_may_have_several_servers_of_one_kind(self) -> None:
+        texts = ["lan=tcp://192.0.2.1", "corp.example=192.0.2.2", "LAN=tcp://192.0.2.3"]
+
+        domains = [domain for domain, _ in configured(ROUTE=" ".join(texts)).route]
+
+        self.assertEqual(domains, ["lan", "corp.example", "lan"])
+
+    def test_pin_may_be_for_the_server_of_a_domain(self) -> None:
+        config = configured(
+            "--route=lan=192.0.2.1#Dot.test", f"--pin=dot.test={GOOD_PIN}"
+        )
+
+        self.assertEqual(config.pin, (("dot.test", GOOD_PIN),))
 
     def test_defaults_are_as_documented(self) -> None:
         config = configured()
@@ -6179,6 +6560,26 @@ class ConfigTest(DotproxyTestCase):
             (["--upstream=https://dot.test"], ["https://dot.test"]),
             (["--upstream=bad/host"], ["'bad/host'"]),
             (["--upstream="], ["''"]),
+            (["--upstream=tcp://192.0.2.1"], ["tcp://192.0.2.1", "--route"]),
+            (["--route=lan"], ["'lan'", "DOMAIN="]),
+            (["--route=lan="], ["'lan='", "DOMAIN="]),
+            (["--route==192.0.2.1"], ["'=192.0.2.1'", "DOMAIN="]),
+            (["--route=.=192.0.2.1"], ["'.=192.0.2.1'", "--upstream"]),
+            (["--route=lan..=192.0.2.1"], ["'lan..=192.0.2.1'"]),
+            (["--route=a b=192.0.2.1"], ["'a b=192.0.2.1'"]),
+            (["--route=ł.example=192.0.2.1"], ["DOMAIN="]),
+            ([f"--route={'a' * 64}=192.0.2.1"], ["DOMAIN="]),
+            ([f"--route={'a.' * 127}a=192.0.2.1"], ["DOMAIN="]),
+            (["--route=2001:db8::1=192.0.2.1"], ["in-addr.arpa"]),
+            (["--route=192.0.2.1=192.0.2.1"], ["in-addr.arpa"]),
+            (["--route=lan=tcp://"], ["''"]),
+            (["--route=lan=tcp://192.0.2.1:0"], ["'192.0.2.1:0'"]),
+            (["--route=lan=tcp://192.0.2.1#dot.test"], ["#NAME"]),
+            (["--route=lan=tcp://tcp://192.0.2.1"], ["tcp://192.0.2.1"]),
+            (
+                ["--route=lan=tcp://192.0.2.1", "--route=lan=192.0.2.2"],
+                ["--route lan", "clear text"],
+            ),
             (["--pin=dot.test"], ["'dot.test'", "NAME=BASE64"]),
             ([f"--pin=dot.test={GOOD_PIN[:-1]}"], [GOOD_PIN[:-1], "NAME=BASE64"]),
             ([f"--pin=dot.test={GOOD_PIN[4:]}"], [GOOD_PIN[4:], "44 characters"]),
@@ -6401,6 +6802,20 @@ class MainTest(DotproxyTestCase):
             program.signal(signal.SIGUSR1)
 
             self.assertIn(f":{upstream.port}#", program.line_with("state: name="))
+
+    def test_route_is_told_and_where_it_is_not_encrypted(self) -> None:
+        with FakeUpstream() as public, FakeUpstream(on_accept="plain") as private:
+            where = f"tcp://{LOCALHOST}:{private.port}"
+            route = f"--route=example.com={where}"
+            with Program.before(public, route) as program:
+                self.check_answered(UDPClient(program.addresses()[0]))
+                program.signal(signal.SIGTERM)
+                self.assertEqual(program.wait(), 0)
+
+        self.assertEqual((len(public.queries), len(private.queries)), (0, 1))
+        self.assertIn(f" route=example.com={where}\n", program.output)
+        said = f"not encrypted: domain=example.com upstream={where}\n"
+        self.assertEqual(program.output.count(said), 1)
 
     def test_sighup_empties_the_cache_and_says_so(self) -> None:
         with FakeUpstream() as upstream, Program.before(upstream) as program:
