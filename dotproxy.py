@@ -3998,7 +3998,8 @@ def check_upstreams(config: Config) -> None:
     for name, _ in config.pin:
         if name not in names:
             known = ", ".join(sorted(names))
-            raise ConfigError(f"--pin {name}: no upstream has this name, but {known}")
+            text = f"no upstream or route has this TLS name; they have {known}"
+            raise ConfigError(f"--pin {name}: {text}")
     plain = {domain for domain, endpoint in config.route if not endpoint.name}
     for domain, endpoint in config.route:
         if domain in plain and endpoint.name:

@@ -8,7 +8,8 @@
 
 Each DoT server program stands behind the proxy in turn, with a certificate made for
 the run, and every client program asks through it. Then come load over a slow link,
-certificates that must be refused, and servers that die or hang.
+certificates that must be refused, servers that die or hang, and domains with servers of
+their own.
 
 Where the system allows it, all of this happens in a network and a mount namespace of
 its own: no port can clash, nothing leaves the machine, and the system's resolver can
@@ -415,6 +416,49 @@ def configure_named(setup: Setup) -> dict[str, str]:
     return {"config": config, "zone": "\n".join(zone) + "\n"}
 
 
+CORP_HOST, CORP_ADDRESS = "host.corp.example", "10.1.1.1"
+CLUSTER_HOST, CLUSTER_ADDRESS = "host.cluster.local", "10.96.0.1"
+
+
+def configure_corp(setup: Setup) -> dict[str, str]:
+    """Have unbound answer over TLS for names under corp.example, and count queries."""
+    (config,) = configure_unbound(setup).values()
+    lines = [
+        "  log-queries: yes",
+        "  local-zone: corp.example. redirect",
+        f"  local-data: 'corp.example. {TTL} IN A {CORP_ADDRESS}'",
+    ]
+    return {"config": config + "\n".join(lines) + "\n"}
+
+
+CLUSTER_NAMED = """
+controls {{ }};
+options {{
+  directory "{directory}";
+  listen-on port {port} {{ {address}; }};
+  listen-on-v6 {{ none; }};
+  pid-file none;
+  session-keyfile none;
+  recursion no;
+  querylog yes;
+}};
+zone "cluster.local" {{ type primary; file "zone"; }};
+"""
+
+
+def configure_cluster(setup: Setup) -> dict[str, str]:
+    """Have BIND answer in clear text for names under cluster.local."""
+    config = CLUSTER_NAMED.format(address=LOOPBACK, **setup._asdict())
+    zone = [
+        f"$TTL {TTL}",
+        "@ SOA ns admin 1 3600 600 86400 300",
+        "@ NS ns",
+        "ns A 10.96.0.10",
+        f"* A {CLUSTER_ADDRESS}",
+    ]
+    return {"config": config, "zone": "\n".join(zone) + "\n"}
+
+
 class Program(NamedTuple):
     """How a DoT server is started, with the path of its configuration to follow."""
 
@@ -430,6 +474,12 @@ PROGRAMS = {
     "knot-resolver": Program(["kresd", "-n", "-c"], configure_kresd),
     "bind9": Program(["named", "-g", "-4", "-n", "1", "-c"], configure_named),
 }
+PRIVATE_PROGRAMS = {
+    "unbound, corp.example": Program(["unbound", "-d", "-c"], configure_corp),
+    "bind9, cluster.local": Program(
+        ["named", "-g", "-4", "-n", "1", "-c"], configure_cluster
+    ),
+}
 
 
 def copy_program(name: str, directory: Path) -> str:
@@ -444,12 +494,12 @@ class Server:
     """One DoT server that can be stopped and started again on the same port."""
 
     def __init__(self, lab: Lab, program: str, certificate: str = "good") -> None:
-        self.directory = lab.new_directory(program)
+        self.directory = lab.new_directory(program.partition(",")[0])
         self.port = free_port()
         self.web_port = free_port()
         path = str(lab.directory / certificate)
         setup = Setup(self.port, self.web_port, path, self.directory)
-        (name, *options), configure = PROGRAMS[program]
+        (name, *options), configure = {**PROGRAMS, **PRIVATE_PROGRAMS}[program]
         for file, text in configure(setup).items():
             (self.directory / file).write_text(text)
         copy = copy_program(name, self.directory)
@@ -490,6 +540,7 @@ class Proxy:
         *,
         name: str = f"#{TLS_NAME}",
         listen: str = "",
+        options: tuple[str, ...] = (),
     ) -> None:
         self.lab = lab
         self.port = free_port()
@@ -501,6 +552,7 @@ class Proxy:
             *listen_options,
             *("--upstream", f"{LOOPBACK}:{upstream_port}{name}"),
             *("--ca-file", str(lab.directory / "ca.pem")),
+            *options,
         ]
         self.process = Process(command, lab.new_directory("dotproxy"))
         lab.last_proxy = self.process
@@ -763,10 +815,37 @@ def check_refused(certificate: str, cause: str, lab: Lab) -> None:
         expect(count == 0, f"the server was sent {count} queries")
 
 
-def start_old_tls(lab: Lab, port: int) -> Process:
-    """Start a server that speaks TLS 1.1 and prints whatever it is sent through it."""
+def openssl_pin(lab: Lab, certificate: str) -> str:
+    """Return what the README's commands say of a certificate."""
+    path = lab.directory / f"{certificate}.pem"
+    command = f"openssl x509 -in {path} -noout -pubkey"
+    command += " | openssl pkey -pubin -outform der"
+    command += " | openssl dgst -sha256 -binary | base64"
+    return run("sh", "-c", command).strip()
+
+
+def check_pinned(lab: Lab) -> None:
+    """Show that one of several pins is enough."""
+    pins = [openssl_pin(lab, certificate) for certificate in ("wrong-name", "good")]
+    options = tuple(f"--pin={TLS_NAME}={pin}" for pin in pins)
+    server = Server(lab, "dnsdist")
+    with server, Proxy(lab, server.port, options=options) as proxy:
+        expect_match(IPV4, ask(proxy, f"{DIG} {HOST}"))
+
+
+def check_other_pin_refused(certificate: str, lab: Lab) -> None:
+    options = (f"--pin={TLS_NAME}={openssl_pin(lab, certificate)}",)
+    server = Server(lab, "dnsdist")
+    with server, Proxy(lab, server.port, options=options) as proxy:
+        expect_refusal(proxy, re.escape(openssl_pin(lab, "good")))
+        count = server.queries()
+        expect(count == 0, f"the server was sent {count} queries")
+
+
+def start_old_tls(lab: Lab, port: int, version: str = "1_1") -> Process:
+    """Start a server that speaks one version and prints what it is sent through it."""
     certificate = lab.directory / "good"
-    options = f"-quiet -tls1_1 -cipher ALL:@SECLEVEL=0 -accept {LOOPBACK}:{port}"
+    options = f"-quiet -tls{version} -cipher ALL:@SECLEVEL=0 -accept {LOOPBACK}:{port}"
     files = ["-cert", f"{certificate}.pem", "-key", f"{certificate}.key"]
     command = ["openssl", "s_server", *options.split(), *files]
     return Process(command, lab.new_directory("s_server"))
@@ -781,6 +860,15 @@ def check_old_tls_refused(lab: Lab) -> None:
         expect("example" not in server.output(), "the server was sent a query")
 
 
+def check_tls_1_2_refused(lab: Lab) -> None:
+    port = free_port()
+    with start_old_tls(lab, port, "1_2") as server:
+        server.wait_until(lambda: accepts(port))
+        with Proxy(lab, port, options=("--tls-min=1.3",)) as proxy:
+            expect_refusal(proxy, r"does not speak TLS 1\.3 or newer")
+        expect("example" not in server.output(), "the server was sent a query")
+
+
 CERTIFICATE_CHECKS: dict[str, Callable[[Lab], None]] = {
     "right name": partial(check_accepted, f"#{TLS_NAME}"),
     "right address, no name given": partial(check_accepted, ""),
@@ -788,6 +876,10 @@ CERTIFICATE_CHECKS: dict[str, Callable[[Lab], None]] = {
     "expired": partial(check_refused, "expired", "expired"),
     "unknown CA": partial(check_refused, "unknown", "(issuer|unknown ca|self.signed)"),
     "TLS 1.1": check_old_tls_refused,
+    "TLS 1.2 where 1.3 is wanted": check_tls_1_2_refused,
+    "pinned key": check_pinned,
+    "another key pinned": partial(check_other_pin_refused, "wrong-name"),
+    "the CA's key pinned": partial(check_other_pin_refused, "ca"),
 }
 
 
@@ -933,6 +1025,121 @@ OUTAGE_CHECKS: dict[str, Callable[[Lab], None]] = {
 }
 
 
+# ---- Split horizon -------------------------------------------------------------------
+# dnsdist for all names, unbound over TLS for corp.example, and BIND in clear text for
+# cluster.local. dnsdist counts what it is sent.
+
+
+class Horizon(NamedTuple):
+    """A proxy and the servers behind it."""
+
+    proxy: Proxy
+    public: Server
+    servers: dict[str, Server]  # by domain
+
+
+@contextlib.contextmanager
+def split_horizon(lab: Lab) -> Iterator[Horizon]:
+    with contextlib.ExitStack() as stack:
+        public = stack.enter_context(Server(lab, "dnsdist"))
+        corp = stack.enter_context(Server(lab, "unbound, corp.example"))
+        cluster = stack.enter_context(Server(lab, "bind9, cluster.local"))
+        routes = (
+            f"--route=corp.example={LOOPBACK}:{corp.port}#{TLS_NAME}",
+            f"--route=cluster.local=tcp://{LOOPBACK}:{cluster.port}",
+        )
+        proxy = stack.enter_context(Proxy(lab, public.port, options=routes))
+        servers = {"corp.example": corp, "cluster.local": cluster}
+        yield Horizon(proxy, public, servers)
+
+
+PRIVATE_ADDRESSES = {"corp.example": CORP_ADDRESS, "cluster.local": CLUSTER_ADDRESS}
+
+
+def check_own_server(domain: str, horizon: Horizon) -> None:
+    expect_match("status: NXDOMAIN", ask(horizon.proxy, f"{DIG} not{domain} A"))
+    before = horizon.public.queries()
+    for name in ("one", "TWO", "a.b.c"):
+        for transport in ("+notcp", "+tcp"):
+            question = f"{transport[1:4]}{name}.{domain}"
+            output = ask(horizon.proxy, f"{DIG} {transport} {question}")
+            expect_match(rf"\sA\s+{re.escape(PRIVATE_ADDRESSES[domain])}\s", output)
+            seen = horizon.servers[domain].process.output()
+            expect(question in seen, f"{question} is not in the server's log")
+    count = horizon.public.queries() - before
+    expect(count == 0, f"the public server was sent {count} queries")
+
+
+def check_load_on_domain(domain: str, horizon: Horizon) -> None:
+    before = horizon.public.queries()
+    names = horizon.proxy.lab.new_directory("names") / "names"
+    names.write_text("".join(f"load{i}.{domain} A\n" for i in range(20_000)))
+    report = dnsperf(horizon.proxy.port, names, "-n", "1", outstanding=200)
+    statistics = report[report.find("Statistics:") :]
+    expect_match(r"Response codes: +NOERROR 20000 \(100.00%\)\n", statistics)
+    count = horizon.public.queries() - before
+    expect(count == 0, f"the public server was sent {count} queries")
+
+
+def expect_outage(domain: str, word: str, horizon: Horizon) -> None:
+    """Expect SERVFAIL that names the domain's server, and nothing at the public one."""
+    before = horizon.public.queries()
+    for number in range(3):
+        output = ask(horizon.proxy, f"{DIG} {word}{number}.{domain}")
+        expect_match("status: SERVFAIL", output)
+        expect_match(rf"EDE: .*{LOOPBACK}:{horizon.servers[domain].port}", output)
+    count = horizon.public.queries() - before
+    expect(count == 0, f"the public server was sent {count} queries")
+    expect_match(IPV4, ask(horizon.proxy, f"{DIG} {HOST}"))
+
+
+def expect_recovery(domain: str, word: str, horizon: Horizon) -> None:
+    deadline = time.monotonic() + 3
+    address, number = PRIVATE_ADDRESSES[domain], 0
+    while address not in (
+        output := ask(horizon.proxy, f"{DIG} {word}{number}.{domain}")
+    ):
+        expect(time.monotonic() < deadline, f"no recovery: {output}")
+        time.sleep(0.05)
+        number += 1
+
+
+def check_domain_down(domain: str, horizon: Horizon) -> None:
+    """Its server hangs, then goes on; then it is killed, and started again."""
+    server = horizon.servers[domain]
+    server.process.send(signal.SIGSTOP)
+    try:
+        expect_outage(domain, "stopped", horizon)
+    finally:
+        server.process.send(signal.SIGCONT)
+    expect_recovery(domain, "continued", horizon)
+    server.process.stop(signal.SIGKILL)
+    time.sleep(2)  # a server that has worked is given 1.5 s to restart
+    expect_outage(domain, "killed", horizon)
+    server.start()
+    expect_recovery(domain, "restarted", horizon)
+
+
+def check_clear_text_told(horizon: Horizon) -> None:
+    said = re.findall("not encrypted: .*", horizon.proxy.process.output())
+    where = f"tcp://{LOOPBACK}:{horizon.servers['cluster.local'].port}"
+    expect(said == [f"not encrypted: domain=cluster.local upstream={where}"], str(said))
+
+
+HORIZON_CHECKS: dict[str, Callable[[Horizon], None]] = {
+    "clear text is told": check_clear_text_told,
+    **{
+        f"{domain}, {what}": partial(check, domain)
+        for domain in PRIVATE_ADDRESSES
+        for what, check in {
+            "answered by its own server": check_own_server,
+            "20,000 names": check_load_on_domain,
+            "server stopped, killed, restarted": check_domain_down,
+        }.items()
+    },
+}
+
+
 # ---- Bench ---------------------------------------------------------------------------
 # The proxy and unbound, one after the other, before the same dnsdist.
 
@@ -1051,11 +1258,12 @@ class Group(Generic[T]):
                     self.checks[name](subject)
 
 
-GROUPS: list[Group[Proxy] | Group[Lab]] = [
+GROUPS: list[Group[Proxy] | Group[Lab] | Group[Horizon]] = [
     *(Group(name, partial(proxy_before, name), CLIENT_CHECKS) for name in PROGRAMS),
     Group("load", proxy_far_from_server, LOAD_CHECKS),
     Group("certificate", contextlib.nullcontext, CERTIFICATE_CHECKS),
     Group("outage", contextlib.nullcontext, OUTAGE_CHECKS),
+    Group("split horizon", split_horizon, HORIZON_CHECKS),
 ]
 
 
