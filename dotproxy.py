@@ -1282,7 +1282,7 @@ class ConnectionOwner:
     """What a connection tells its owner, from its own thread, with no lock held."""
 
     def connection_opened(self, connection: Connection) -> None:
-        """The upstream has proved its name: queries may be sent."""
+        """The upstream has proved its name, if it has one: queries may be sent."""
 
     def connection_answered(
         self, connection: Connection, answers: list[Answer], now: float
@@ -2610,7 +2610,7 @@ class SleepDetector:
 
 
 class UpstreamGroup(ConnectionOwner):
-    """All upstreams: sends exchanges until each has an answer or its deadline passes.
+    """The upstreams of some names: sends exchanges until each has an answer or is late.
 
     Every exchange given to `send` comes back through `complete` at least once, from any
     thread, with no lock held; the first time counts. No method blocks but `close`.
