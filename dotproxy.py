@@ -3779,10 +3779,11 @@ def parse_route(text: str) -> Route:
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
     if not upstream.startswith("tcp://"):
         return domain, parse_endpoint(upstream)
-    if "#" in upstream:
-        hint = "plain DNS proves no name: leave out tcp://, or #NAME"
+    address = upstream[6:]
+    if "#" in address or "://" in address:
+        hint = "plain DNS proves no name: write no more than tcp://HOST[:PORT]"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
-    return domain, parse_endpoint(upstream[6:], DNS_PORT)._replace(name="")
+    return domain, parse_endpoint(address, DNS_PORT)._replace(name="")
 
 
 def parse_pin(text: str) -> tuple[str, str]:

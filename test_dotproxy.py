@@ -6565,7 +6565,8 @@ class ConfigTest(DotproxyTestCase):
             (["--route=192.0.2.1=192.0.2.1"], ["in-addr.arpa"]),
             (["--route=lan=tcp://"], ["''"]),
             (["--route=lan=tcp://192.0.2.1:0"], ["'192.0.2.1:0'"]),
-            (["--route=lan=tcp://192.0.2.1#dot.test"], ["#NAME"]),
+            (["--route=lan=tcp://192.0.2.1#dot.test"], ["proves no name"]),
+            (["--route=lan=tcp://tls://192.0.2.1"], ["tcp://HOST[:PORT]"]),
             (["--route=lan=tcp://tcp://192.0.2.1"], ["tcp://192.0.2.1"]),
             (
                 ["--route=lan=tcp://192.0.2.1", "--route=lan=192.0.2.2"],
