@@ -39,13 +39,16 @@ Contracts that carry the design
 
 Threads
 
-    main          waits for signals
+    main          waits for signals; meanwhile tells systemd how it goes, if it asks
     udp-*, tcp-*  one per listening socket: receive datagrams, accept connections
     worker-*      pool: send a batch of UDP queries
     stream-*      pool: one per connected TCP client, reads its queries
     upstream-*    one per upstream connection: connects, shakes hands, reads, replies
                   (a plain one, to the server of a routed domain, shakes no hands)
     timer         whatever has to happen later
+
+    All are started after a process that began as root has become another user: it has
+    then bound every port, read every file and imported every module that it needs.
 
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
 but for those of Line and StreamHandler, over system calls that do not wait)
@@ -79,16 +82,20 @@ import enum
 import errno
 import functools
 import gc
+import grp
 import hashlib
 import heapq
+import importlib
 import ipaddress
 import itertools
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
+import resource
 import select
 import shlex
 import signal
@@ -99,7 +106,14 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import NamedTuple, NoReturn, Union
 
 __version__ = "0.1.0"
@@ -1153,7 +1167,9 @@ class Trust:
         The chain is verified, the name is not: for the log line about a wrong name
         only; no query ever goes this way. Blocks as long as the socket's timeout.
         """
-        context = self._build_context()
+        # Not from the file again: who was root may not be able to read it any more.
+        authorities = b"".join(self.context.get_ca_certs(binary_form=True))
+        context = self._build_context(authorities or None)
         context.check_hostname = False
         with context.wrap_socket(raw) as tls:
             certificate = tls.getpeercert() or {}
@@ -1169,9 +1185,10 @@ class Trust:
             and bool(os.listdir(directory))
         )
 
-    def _build_context(self) -> ssl.SSLContext:
+    def _build_context(self, authorities: bytes | None = None) -> ssl.SSLContext:
+        file = None if authorities else self.ca_file
         try:
-            context = ssl.create_default_context(cafile=self.ca_file)
+            context = ssl.create_default_context(cafile=file, cadata=authorities)
         except (OSError, ssl.SSLError) as error:
             reason = getattr(error, "strerror", None) or "no certificate in it"
             text = (
@@ -1563,7 +1580,7 @@ class Line:
         """Tell a wrong name's cure: the names that the certificate does have."""
         if getattr(error, "verify_code", 0) not in (62, 64):
             return failure
-        with contextlib.suppress(OSError, UpstreamError):
+        with contextlib.suppress(OSError, UpstreamError, ConfigError):
             raw = self._connect(self._clock() + patience[0])
             raw.settimeout(patience[1])
             names = ", ".join(self._trust.certificate_names(raw)[:8])
@@ -2685,6 +2702,12 @@ class UpstreamGroup(ConnectionOwner):
         with self._lock:
             return [upstream.describe() for upstream in self._fleet.upstreams]
 
+    def count_up(self) -> tuple[int, int]:
+        """Return how many upstreams did not fail to connect last, and how many are."""
+        with self._lock:
+            upstreams = self._fleet.upstreams
+            return sum(not each.health.failures for each in upstreams), len(upstreams)
+
     def connection_opened(self, connection: Connection) -> None:
         """Give the new connection what waits for one."""
         with self._planning() as (plan, now):
@@ -3025,6 +3048,12 @@ class Routes:
         ]
         return self._default.describe() + routed
 
+    def count_up(self) -> tuple[int, int]:
+        """Return how many upstreams did not fail to connect last, and how many are."""
+        groups = self._default, *self._groups.values()
+        up, known = zip(*(group.count_up() for group in groups))
+        return sum(up), sum(known)
+
     def _send_by_name(self, exchanges: Sequence[Exchange], now: float) -> None:
         """Send new exchanges, each to the upstreams of its name."""
         rest: list[Exchange] = []
@@ -3109,6 +3138,13 @@ class Proxy:
         """Return lines that tell the state of the proxy, for the log."""
         cache = f"cache_entries={len(self._cache)} cache_bytes={self._cache.size}"
         return [f"in_flight={self._count} {cache}", *self._upstreams.describe()]
+
+    def status(self) -> str:
+        """Return a line that tells people how it does."""
+        up, known = self._upstreams.count_up()
+        cached = len(self._cache)
+        work = f"{self._count} queries in flight, {cached} answers cached"
+        return f"{up} of {known} upstreams up, {work}"
 
     def drain(self, seconds: float) -> bool:
         """Wait until every query is answered, at most so long; this one blocks."""
@@ -3291,6 +3327,14 @@ def set_v6_only(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
 
+def adopt(server: socketserver.TCPServer, listener: socket.socket) -> None:
+    """Have a server use a socket that is bound already, as systemd passes them."""
+    server.socket.close()
+    server.socket = listener
+    listener.setblocking(False)
+    server.server_address = listener.getsockname()
+
+
 class UDPHandler(socketserver.BaseRequestHandler):
     """Handles a batch of datagrams in a worker thread."""
 
@@ -3316,10 +3360,15 @@ class UDPServer(socketserver.ThreadingUDPServer):
         proxy: Proxy,
         pool: WorkerPool,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        inherited: socket.socket | None = None,
     ) -> None:
+        """Bind the address, or use an inherited socket that is bound to it."""
         self.proxy = proxy
         self.clock = clock
+        self.turned_at = clock()  # when the receiving loop last came round
         self._pool = pool
+        self._inherited = inherited
         host = ipaddress.ip_address(address[0])
         self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
         self._wildcard = host.is_unspecified
@@ -3327,8 +3376,12 @@ class UDPServer(socketserver.ThreadingUDPServer):
 
     def server_bind(self) -> None:
         """Set the socket up and bind it."""
-        set_v6_only(self.socket)
-        self.socket.setblocking(False)
+        if self._inherited is not None:
+            adopt(self, self._inherited)
+        else:
+            set_v6_only(self.socket)
+            self.socket.setblocking(False)
+            super().server_bind()
         try:
             self.socket.setsockopt(
                 socket.SOL_SOCKET, SO_RCVBUFFORCE, self.RECEIVE_BUFFER
@@ -3341,7 +3394,10 @@ class UDPServer(socketserver.ThreadingUDPServer):
             self.socket.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
         elif self._wildcard:
             self.socket.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
-        super().server_bind()
+
+    def service_actions(self) -> None:
+        """Note that the loop turns: socketserver calls this twice a second or more."""
+        self.turned_at = self.clock()
 
     def get_request(self) -> tuple[list[Datagram], Address]:  # type: ignore[override]
         """Drain the socket: return a batch of datagrams as one request."""
@@ -3605,11 +3661,15 @@ class TCPServer(socketserver.ThreadingTCPServer):
         *,
         idle_timeout: float = CLIENT_IDLE_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
+        inherited: socket.socket | None = None,
     ) -> None:
+        """Bind the address, or use an inherited socket that is bound to it."""
         self.proxy = proxy
         self.clients = clients
         self.idle_timeout = idle_timeout
         self.clock = clock
+        self.turned_at = clock()  # when the accepting loop last came round
+        self._inherited = inherited
         self._pool = pool
         self._short_at = -math.inf  # when descriptors last ran out
         version = ipaddress.ip_address(address[0]).version
@@ -3618,8 +3678,15 @@ class TCPServer(socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Bind the socket."""
+        if self._inherited is not None:
+            adopt(self, self._inherited)
+            return
         set_v6_only(self.socket)
         super().server_bind()
+
+    def service_actions(self) -> None:
+        """Note that the loop turns: socketserver calls this twice a second or more."""
+        self.turned_at = self.clock()
 
     def get_request(self) -> tuple[socket.socket, Address]:
         """Accept a client; where there is no descriptor for it, pause, do not spin."""
@@ -3645,6 +3712,264 @@ class TCPServer(socketserver.ThreadingTCPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
         logger.exception("internal error: server=tcp")
+
+
+# ---- Host: privileges, descriptors, systemd ------------------------------------------
+# What the system lends a process: a user, descriptors, sockets, a supervisor. Nothing
+# of DNS.
+
+UMASK = 0o077
+NOBODY = "nobody"
+NOBODY_ID = 65534  # where there is no such name
+MAX_ID = 0xFFFFFFFE  # one more is -1, which leaves the id as it is
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
+# Modules that Python imports only at the first handshake, look-up or traceback. Who was
+# root may not be able to read them by then.
+LATE_MODULES = ("encodings.idna", "linecache", "tokenize", "traceback", "unicodedata")
+DESCRIPTOR_RESERVE = 16  # for standard streams, look-ups of names, files, notifications
+OPEN_MAX = 10240  # macOS takes no higher limit, whatever its hard limit says
+FIRST_PASSED = 3  # the first descriptor that systemd passes, sd_listen_fds(3)
+
+
+class Account(NamedTuple):
+    """A user and a group, by number, and what the user was called."""
+
+    uid: int
+    gid: int
+    name: str
+
+
+def find_id(text: str, look_up: Callable[[str], int]) -> int:
+    """Return the number of a user or group, by name or number; raises ConfigError."""
+    if text.isascii() and text.isdigit() and int(text) <= MAX_ID:
+        return int(text)
+    try:
+        return look_up(text)
+    except KeyError:
+        if text == NOBODY:
+            return NOBODY_ID
+        hint = "give --user USER or USER:GROUP, names or numbers"
+        raise ConfigError(f"there is no user or group {text!r}: {hint}") from None
+
+
+def find_account(text: str) -> Account:
+    """Look up `USER[:GROUP]`; raises ConfigError.
+
+    Without a group it is the user's own, or that of the same number.
+    """
+    user, colon, group = text.partition(":")
+    uid = gid = find_id(user, lambda name: pwd.getpwnam(name).pw_uid)
+    if colon:
+        gid = find_id(group, lambda name: grp.getgrnam(name).gr_gid)
+    else:
+        with contextlib.suppress(KeyError):
+            gid = pwd.getpwuid(uid).pw_gid
+    if colon and not uid:
+        raise ConfigError(f"root keeps its group: give --user {user}")
+    return Account(uid, gid, user)
+
+
+def become(account: Account) -> None:
+    """Give up root for good; raises ConfigError where that cannot be done."""
+    uid, gid, name = account
+    try:
+        os.setgroups([])
+        if sys.platform == "darwin":
+            os.setgid(gid)
+            os.setuid(uid)
+        else:
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+    except OSError as error:
+        cure = "grant CAP_SETUID and CAP_SETGID, or stay root with --user root"
+        text = f"cannot become user {name}: {error.strerror}; {cure}"
+        raise ConfigError(text, status=1) from error
+    with contextlib.suppress(PermissionError):
+        os.setuid(0)
+        text = f"user {name} could become root again: start with another --user"
+        raise ConfigError(text, status=1)
+
+
+def check_current(wanted: str | None) -> None:
+    """Raise ConfigError unless this is the user that is wanted, if any is."""
+    if not wanted:
+        return
+    account = find_account(wanted)
+    same_group = ":" not in wanted or account.gid == os.getegid()
+    if account.uid != os.geteuid() or not same_group:
+        cure = "start as root, or without --user"
+        raise ConfigError(f"only root can become user {wanted}: {cure}", status=1)
+
+
+def find_prctl() -> Callable[[int, int], None]:
+    """Return prctl(2), or what does nothing where it cannot be had.
+
+    ctypes is large, and missing from small images: imported here and only for root. To
+    do without is no danger, as it only bars once more what a user may not do.
+    """
+    try:
+        import ctypes
+
+        call = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError) as error:
+        logger.debug("no prctl: error=%s", error)
+        return lambda option, value: None
+    zero = ctypes.c_ulong(0)
+
+    def prctl(option: int, value: int) -> None:
+        if call(option, ctypes.c_ulong(value), zero, zero, zero):
+            logger.debug("prctl failed: option=%d", option)
+
+    return prctl
+
+
+def renounce_root(wanted: str | None) -> str:
+    """Give up what this program does not need of the host; return who it runs as.
+
+    To be called once files are read and ports bound, before there are threads: they
+    would each have rights of their own. Raises ConfigError.
+    """
+    os.umask(UMASK)
+    with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would have keys in it
+    current = os.geteuid()
+    if current:
+        check_current(wanted)
+        return str(current)
+    account = find_account(wanted or NOBODY)
+    if not account.uid:
+        logger.warning("running as root: --user says so, but any other user would do")
+        return account.name
+    for name in LATE_MODULES:
+        importlib.import_module(name)
+    prctl = find_prctl() if sys.platform == "linux" else None
+    become(account)
+    if prctl:
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        prctl(PR_SET_DUMPABLE, 0)
+    return account.name
+
+
+def raise_descriptor_limit(wanted: int) -> int:
+    """Let this process have so many descriptors; return how many of them it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if sys.platform == "darwin":
+        limit = min(limit, OPEN_MAX)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+    except (OSError, ValueError):
+        return soft
+    return max(soft, limit)
+
+
+def take_socket(number: int) -> socket.socket:
+    """Take over a listening socket by its descriptor; raises ConfigError."""
+    hint = "pass sockets of IPv4 or IPv6, as ListenDatagram= and ListenStream= do"
+    try:
+        taken = socket.socket(fileno=number)
+    except OSError as error:
+        text = f"descriptor {number} of LISTEN_FDS: {error.strerror}; {hint}"
+        raise ConfigError(text, status=1) from error
+    taken.set_inheritable(False)
+    datagram = taken.type == socket.SOCK_DGRAM
+    stream = taken.type == socket.SOCK_STREAM
+    if taken.family not in (socket.AF_INET, socket.AF_INET6):
+        problem = "is neither IPv4 nor IPv6"
+    elif stream and not taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        problem = "does not listen (is it Accept=yes?)"
+    elif not (datagram or stream):
+        problem = "is neither a datagram nor a stream socket"
+    else:
+        return taken
+    taken.close()
+    text = f"descriptor {number} of LISTEN_FDS {problem}; {hint}"
+    raise ConfigError(text, status=1)
+
+
+def inherited_sockets(
+    environment: MutableMapping[str, str], first: int = FIRST_PASSED
+) -> list[tuple[str, socket.socket]]:
+    """Take over the sockets that systemd passed, with their names; raises ConfigError.
+
+    The variables are removed: they are for this process alone (sd_listen_fds(3)).
+    """
+    pid = environment.pop("LISTEN_PID", "")
+    count = environment.pop("LISTEN_FDS", "")
+    names = environment.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()):
+        return []
+    if not (count.isascii() and count.isdigit()):
+        raise ConfigError(f"LISTEN_FDS={count}: it should be a number", status=1)
+    numbers = range(first, first + int(count))
+    passed: list[tuple[str, socket.socket]] = []
+    try:
+        for number, name in itertools.zip_longest(numbers, names[: int(count)]):
+            passed.append((name or "", take_socket(number)))
+    except ConfigError:
+        for _, listener in passed:
+            listener.close()
+        raise
+    return passed
+
+
+class Supervisor:
+    """systemd, where it started this process and wants to hear how it goes.
+
+    Its protocol is that of sd_notify(3): datagrams, to a socket that it names.
+    """
+
+    STATUS = 10.0  # s between reports, where no watchdog wants them more often
+    AGAIN = 1.0  # s until it looks again whether a loop that hung turns
+
+    def __init__(
+        self,
+        environment: MutableMapping[str, str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take what systemd says from the environment: it is for this process alone."""
+        self._clock = clock
+        path = environment.pop("NOTIFY_SOCKET", "")
+        self._address = "\0" + path[1:] if path.startswith("@") else path
+        mine = environment.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
+        period = environment.pop("WATCHDOG_USEC", "0")
+        self._watched = mine and period.isascii() and period.isdigit() and period != "0"
+        wanted = int(period) / 2e6 if self._watched else self.STATUS
+        self._interval = min(wanted, self.STATUS)
+        self._due = clock() + self._interval
+        self._hung = False
+
+    def patience(self) -> float | None:
+        """Return for how long to wait until the next report; None is for ever."""
+        return max(0.0, self._due - self._clock()) if self._address else None
+
+    def tell(self, *lines: str) -> None:
+        """Send a notification, or drop it where nobody takes it; never blocks."""
+        if not self._address:
+            return
+        octets = "\n".join(lines).encode()
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                channel.sendto(octets, socket.MSG_DONTWAIT, self._address)
+        except OSError as error:
+            logger.debug("not notified: error=%s", error)
+
+    def report(self, status: str, *, alive: bool) -> None:
+        """Tell how it goes; without a word for the watchdog where a loop hangs."""
+        if self._hung == alive:
+            self._hung = not alive
+            logger.warning("receiving loops: state=%s", "up" if alive else "hung")
+        ping = ["WATCHDOG=1"] if alive and self._watched else []
+        self.tell(*ping, f"STATUS={status}")
+        self._due = self._clock() + (self._interval if alive else self.AGAIN)
+
+    def reload(self, action: Callable[[], None]) -> None:
+        """Do what SIGHUP asks for, and tell when it begins and ends."""
+        self.tell("RELOADING=1", f"MONOTONIC_USEC={int(self._clock() * 1e6)}")
+        action()
+        self.tell("READY=1")
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -3683,6 +4008,7 @@ class Config:
     max_in_flight: int = 10_000
     max_tcp_clients: int = 512
     max_tcp_per_client: int = 256
+    user: str | None = None  # then nobody, where it starts as root
     log_level: str = "info"
     listen_given: bool = False
 
@@ -3962,6 +4288,16 @@ def add_cache_options(group: argparse._ArgumentGroup) -> None:
         )
 
 
+def add_host_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what concerns the process."""
+    group.add_argument(
+        "--user",
+        metavar="USER[:GROUP]",
+        help="if started as root, become this user, by name or number, once ports are "
+        "bound and files read; root to stay root (default: nobody)",
+    )
+
+
 def build_parser() -> Parser:
     """Describe the options; each stays None where it is not given."""
     parser = Parser(
@@ -3981,6 +4317,7 @@ def build_parser() -> Parser:
     add_upstream_options(parser.add_argument_group("upstream"))
     add_trust_options(parser.add_argument_group("trust"))
     add_cache_options(parser.add_argument_group("cache"))
+    add_host_options(parser.add_argument_group("host"))
     group = parser.add_argument_group("about")
     group.add_argument(
         "--log-level",
@@ -4099,13 +4436,42 @@ def describe_servers(servers: Iterable[UDPServer | TCPServer]) -> str:
     return " ".join(dict.fromkeys(found))
 
 
+def fit_descriptors(config: Config, listeners: int) -> Config:
+    """Raise the limit of descriptors; where it stays too low, allow fewer TCP clients.
+
+    UDP and the upstreams always have theirs. A TCP client takes two at worst: one that
+    has been accepted may wait for the thread of another that is being ended.
+    """
+    groups = 1 + len({domain for domain, _ in config.route})
+    connections = Upstream.MAX_CONNECTIONS * len(config.upstream + config.route)
+    connections += Quarantine.MAX_ALONE * groups
+    others = connections + listeners + DESCRIPTOR_RESERVE
+    wanted = others + 2 * config.max_tcp_clients
+    limit = raise_descriptor_limit(wanted)
+    if limit >= wanted:
+        return config
+    clients = max(1, (limit - others) // 2)
+    logger.warning(
+        "few descriptors: limit=%d max_tcp_clients=%d: for %d of them, start with"
+        " LimitNOFILE=%d in the unit, or ulimit -n %d",
+        *(limit, clients, config.max_tcp_clients, wanted, wanted),
+    )
+    return dataclasses.replace(config, max_tcp_clients=clients)
+
+
 class Daemon:
     """All objects of a running proxy, started and stopped in order."""
 
     DRAIN_EXTRA = 0.5  # s beyond the timeout that answers in flight may take at the end
+    STUCK = 5.0  # s after which a receiving loop that has not come round hangs
 
-    def __init__(self, config: Config) -> None:
-        """Build and bind everything; starts no thread. Raises ConfigError."""
+    def __init__(
+        self, config: Config, inherited: Sequence[tuple[str, socket.socket]] = ()
+    ) -> None:
+        """Build and bind everything; starts no thread. Raises ConfigError.
+
+        With `inherited` sockets, and their names, those are served on and no others.
+        """
         trust = Trust(config.ca_file, pins=config.pin, tls_min=config.tls_min)
         self._config = config
         self._timer = Timer()
@@ -4129,7 +4495,11 @@ class Daemon:
         limit = config.max_tcp_clients
         self._streams = WorkerPool("stream", limit + 1, limit)
         self._clients = Clients(limit, config.max_tcp_per_client)
-        self.servers = bind_servers(config.listen, self._bind, config.listen_given)
+        self.servers: list[UDPServer | TCPServer]
+        if inherited:
+            self.servers = [self._adopt(listener) for _, listener in inherited]
+        else:
+            self.servers = bind_servers(config.listen, self._bind, config.listen_given)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -4157,6 +4527,21 @@ class Daemon:
         except OSError:
             tcp.server_close()
             raise
+
+    def _adopt(self, listener: socket.socket) -> UDPServer | TCPServer:
+        address = listener.getsockname()[:2]
+        if listener.type == socket.SOCK_DGRAM:
+            return UDPServer(address, self._proxy, self._workers, inherited=listener)
+        everything = address, self._proxy, self._streams, self._clients
+        return TCPServer(*everything, inherited=listener)
+
+    def is_turning(self, now: float) -> bool:
+        """Tell whether every loop that receives from clients has come round of late."""
+        return all(now - server.turned_at < self.STUCK for server in self.servers)
+
+    def status(self) -> str:
+        """Return a line that tells people how it does."""
+        return self._proxy.status()
 
     def log_state(self) -> None:
         """Write the state of the proxy and of each upstream to the log."""
@@ -4190,27 +4575,61 @@ def tune_collector() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def wait_for_signal(
+    signals: queue.SimpleQueue[int], daemon: Daemon, supervisor: Supervisor
+) -> int:
+    """Wait for a signal; meanwhile report to the supervisor."""
+    while True:
+        try:
+            return signals.get(timeout=supervisor.patience())
+        except queue.Empty:
+            alive = daemon.is_turning(time.monotonic())
+            supervisor.report(daemon.status(), alive=alive)
+
+
+def prepare(config: Config) -> tuple[Daemon, str]:
+    """Bind and read everything, then give up root; return a line on what it runs as.
+
+    Raises ConfigError.
+    """
+    inherited = inherited_sockets(os.environ)
+    if inherited and config.listen_given:
+        logger.warning("--listen is not used: sockets were passed by LISTEN_FDS")
+    config = fit_descriptors(config, len(inherited) or 2 * len(config.listen))
+    daemon = Daemon(config, inherited)
+    user = renounce_root(config.user)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return daemon, f"user={user} nofile={limit} umask={UMASK:03o}"
+
+
 def run(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    daemon = Daemon(config)
-    actions = {signal.SIGHUP: daemon.flush, signal.SIGUSR1: daemon.log_state}
+    supervisor = Supervisor(os.environ)
+    daemon, host = prepare(config)
+    actions: dict[int, Callable[[], None]] = {
+        signal.SIGHUP: functools.partial(supervisor.reload, daemon.flush),
+        signal.SIGUSR1: daemon.log_state,
+    }
     for watched in (signal.SIGTERM, signal.SIGINT, *actions):
         signal.signal(watched, lambda received, _: signals.put(received))
     tune_collector()
     daemon.start()
     logger.info(
-        "ready: listen=%s upstream=%s%s",
+        "ready: listen=%s upstream=%s%s %s",
         describe_servers(daemon.servers),
         " ".join(str(endpoint) for endpoint in config.upstream),
         "".join(f" route={domain}={endpoint}" for domain, endpoint in config.route),
+        host,
     )
     for domain, endpoint in config.route:
         if not endpoint.name:
             logger.info("not encrypted: domain=%s upstream=%s", domain, endpoint)
-    while (action := actions.get(signal.Signals(signals.get()))) is not None:
+    supervisor.tell("READY=1", f"STATUS={daemon.status()}")
+    while action := actions.get(wait_for_signal(signals, daemon, supervisor)):
         action()
     logger.info("stopping")
+    supervisor.tell("STOPPING=1", "WATCHDOG=1")  # the end may take as long as an answer
     daemon.close()
     return 0
 

@@ -24,15 +24,19 @@ import contextlib
 import errno
 import functools
 import gc
+import grp
 import heapq
 import io
 import ipaddress
 import itertools
 import logging
+import math
 import os
+import pwd
 import queue
 import random
 import re
+import resource
 import select
 import signal
 import socket
@@ -1121,7 +1125,10 @@ class Served(NamedTuple):
 
 @contextlib.contextmanager
 def serving(
-    script: Reply = answer, *options: str, host: str = LOCALHOST
+    script: Reply = answer,
+    *options: str,
+    host: str = LOCALHOST,
+    inherited: Sequence[tuple[str, socket.socket]] = (),
 ) -> Iterator[Served]:
     """Run a proxy that never sends a query twice, and stops without delay."""
     with contextlib.ExitStack() as stack:
@@ -1133,7 +1140,8 @@ def serving(
         loop = socketserver.BaseServer.serve_forever
         stack.enter_context(mock.patch.object(loop, "__defaults__", (0.01,)))
         upstream = stack.enter_context(FakeUpstream(script))
-        daemon = dotproxy.Daemon(configure(upstream, *options, host=host))
+        config = configure(upstream, *options, host=host)
+        daemon = dotproxy.Daemon(config, inherited)
         stack.callback(daemon.close)
         daemon.start()
         yield Served(upstream, daemon)
@@ -6336,6 +6344,565 @@ class TCPServerTest(DotproxyTestCase):
         served.wait_for_in_flight(0)
 
 
+# ---- Host ----------------------------------------------------------------------------
+
+
+class Rights:
+    """The rights of a process that began as root, and how it gives them up."""
+
+    def __init__(self, *, leaky: bool = False, barred: bool = False) -> None:
+        self.uid, self.gid, self.groups = 0, 0, [0, 27]
+        self.options: list[tuple[int, int]] = []  # of prctl, by who is not root
+        self.core: object = None
+        self._leaky, self._barred = leaky, barred
+
+    def renounce(self, user: str | None) -> str:
+        """Have these given up instead of those of the tests."""
+        functions = {
+            "geteuid": lambda: self.uid,
+            "umask": lambda mask: 0o022,
+            **{name: getattr(self, f"_{name}") for name in ("setgroups", "setuid")},
+            **dict.fromkeys(("setgid", "setresgid"), self._setgid),
+            "setresuid": self._setuid,
+        }
+        with contextlib.ExitStack() as stack:
+            for target, name, new in (
+                (resource, "setrlimit", self._setrlimit),
+                (dotproxy, "find_prctl", lambda: self._prctl),
+                *((os, name, new) for name, new in functions.items()),
+            ):
+                patch = mock.patch.object(target, name, new, create=True)
+                stack.enter_context(patch)
+            return dotproxy.renounce_root(user)
+
+    def _setgroups(self, groups: Sequence[int]) -> None:
+        self._check()
+        self.groups = list(groups)
+
+    def _setgid(self, *ids: int) -> None:
+        self._check()
+        (self.gid,) = set(ids)
+
+    def _setuid(self, *ids: int) -> None:
+        if not self._leaky:
+            self._check()
+        (self.uid,) = set(ids)
+
+    def _setrlimit(self, kind: int, limits: tuple[int, int]) -> None:
+        self.core = limits if kind == resource.RLIMIT_CORE else None
+
+    def _prctl(self, option: int, value: int) -> None:
+        if self.uid:
+            self.options.append((option, value))
+
+    def _check(self) -> None:
+        if self.uid or self._barred:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+class PrivilegeTest(DotproxyTestCase):
+    def assert_refused(self, user: str, status: int, words: str) -> None:
+        with self.assertRaisesRegex(dotproxy.ConfigError, words) as caught:
+            Rights().renounce(user)
+        self.assertEqual(caught.exception.status, status)
+
+    def test_root_becomes_nobody_for_good(self) -> None:
+        rights = Rights()
+
+        name = rights.renounce(None)
+
+        entry = pwd.getpwnam("nobody")
+        self.assertEqual((rights.uid, rights.gid), (entry.pw_uid, entry.pw_gid))
+        self.assertEqual((name, rights.groups, rights.core), ("nobody", [], (0, 0)))
+
+    @unittest.skipUnless(sys.platform == "linux", "prctl is Linux's")
+    def test_no_new_privileges_and_no_dump_are_asked_for_after_the_change(self) -> None:
+        rights = Rights()
+
+        rights.renounce(None)
+
+        self.assertEqual(rights.options, [(38, 1), (4, 0)])
+
+    def test_user_and_group_are_taken_by_name_and_number(self) -> None:
+        entry, group = pwd.getpwnam("daemon"), grp.getgrnam("daemon").gr_gid
+        for text, ids in (
+            ("daemon", (entry.pw_uid, entry.pw_gid)),
+            (str(entry.pw_uid), (entry.pw_uid, entry.pw_gid)),
+            ("4000000001", (4000000001, 4000000001)),
+            ("4000000001:4000000002", (4000000001, 4000000002)),
+            ("4000000001:daemon", (4000000001, group)),
+        ):
+            with self.subTest(text):
+                rights = Rights()
+                rights.renounce(text)
+                self.assertEqual((rights.uid, rights.gid), ids)
+
+    def test_nobody_has_a_number_where_the_name_is_not_known(self) -> None:
+        unknown = mock.Mock(side_effect=KeyError)
+        rights = Rights()
+
+        with mock.patch.multiple(pwd, getpwnam=unknown, getpwuid=unknown):
+            rights.renounce(None)
+
+        self.assertEqual((rights.uid, rights.gid), (65534, 65534))
+
+    def test_user_that_cannot_be_is_refused_with_the_cure(self) -> None:
+        for text, words in (
+            ("no.such.user", "no user or group 'no.such.user': give --user"),
+            ("nobody:no.such.group", "no user or group 'no.such.group'"),
+            ("4294967295", "no user or group '4294967295'"),  # -1: leaves it as it is
+            ("root:daemon", "give --user root"),
+            (":daemon", "no user or group ''"),
+        ):
+            with self.subTest(text):
+                self.assert_refused(text, 2, words)
+
+    def test_root_that_may_not_change_is_status_1_with_the_cure(self) -> None:
+        words = "CAP_SETUID.*--user root"
+        with self.assertRaisesRegex(dotproxy.ConfigError, words) as caught:
+            Rights(barred=True).renounce(None)
+
+        self.assertEqual(caught.exception.status, 1)
+
+    def test_root_that_could_be_regained_is_status_1(self) -> None:
+        with self.assertRaisesRegex(dotproxy.ConfigError, "root again") as caught:
+            Rights(leaky=True).renounce(None)
+
+        self.assertEqual(caught.exception.status, 1)
+
+    def test_root_that_is_asked_for_stays_with_a_warning(self) -> None:
+        for text in ("root", "0"):
+            rights = Rights()
+            with self.subTest(text), self.assertLogs(dotproxy.logger) as logs:
+                self.assertEqual(rights.renounce(text), text)
+                self.assertEqual((rights.uid, rights.groups), (0, [0, 27]))
+                self.assertIn("running as root", logs.output[0])
+
+    def test_other_user_stays_and_may_be_named(self) -> None:
+        for text in (None, "4000000001", f"4000000001:{os.getegid()}"):
+            rights = Rights()
+            rights.uid = 4000000001
+            with self.subTest(text):
+                self.assertEqual(rights.renounce(text), "4000000001")
+                self.assertEqual((rights.groups, rights.core), ([0, 27], (0, 0)))
+
+    def test_other_user_cannot_become_a_third_or_change_group(self) -> None:
+        for text in ("4000000002", f"4000000001:{os.getegid() + 1}", "root"):
+            rights = Rights()
+            rights.uid = 4000000001
+            refused = self.assertRaisesRegex(dotproxy.ConfigError, "only root can")
+            with self.subTest(text), refused as caught:
+                rights.renounce(text)
+            self.assertEqual(caught.exception.status, 1)
+
+    def test_python_without_ctypes_goes_on(self) -> None:
+        with mock.patch.dict(sys.modules, {"ctypes": None}):
+            dotproxy.find_prctl()(38, 1)
+
+    @unittest.skipUnless(sys.platform == "linux", "prctl is Linux's")
+    def test_prctl_is_the_system_call(self) -> None:
+        script = "import dotproxy; dotproxy.find_prctl()(38, 1)"
+        status = "print(open('/proc/self/status').read())"
+        directory = os.path.dirname(dotproxy.__file__)
+
+        output = subprocess.check_output(
+            [sys.executable, "-c", f"{script}; {status}"], cwd=directory, text=True
+        )
+
+        self.assertRegex(output, r"NoNewPrivs:\s+1\n")
+
+    def test_no_module_is_imported_once_root_is_given_up(self) -> None:
+        directory = os.path.dirname(dotproxy.__file__)
+        with FakeUpstream() as upstream:
+            names = ("dot.test", "other.test")
+            where = [f"--upstream={LOCALHOST}:{upstream.port}#{name}" for name in names]
+            options = ["--listen=127.0.0.1:0", f"--ca-file={PKI.ca}", *where]
+            command = [sys.executable, "-c", AT_WORK, *options]
+            output = subprocess.check_output(
+                command, cwd=directory, text=True, stderr=subprocess.STDOUT, timeout=30
+            )
+
+        self.assertIn("certificate is for dot.test", output)
+        self.assertIn("ZeroDivisionError", output)
+        self.assertEqual(output.splitlines()[-1], "imported: []")
+
+
+AT_WORK = """
+import importlib, logging, os, socket, sys, time, dotproxy
+logging.basicConfig()
+daemon = dotproxy.Daemon(dotproxy.parse_args(sys.argv[1:], {}))
+for name in dotproxy.LATE_MODULES:
+    importlib.import_module(name)
+before = set(sys.modules)
+daemon.start()
+query = bytes.fromhex("1234010000010000000000000161076578616d706c6503636f6d0000010001")
+for server in daemon.servers:
+    with socket.socket(type=server.socket_type) as client:
+        client.settimeout(10)
+        client.connect(server.server_address)
+        stream = server.socket_type == socket.SOCK_STREAM
+        client.send(len(query).to_bytes(2, "big") * stream + query)
+        assert client.recv(512)
+try:
+    1 / 0
+except ZeroDivisionError:
+    dotproxy.logger.exception("expected")
+while not daemon.status().startswith("1 of 2 upstreams up"):
+    time.sleep(0.01)
+daemon.log_state()
+daemon.flush()
+daemon.close()
+print("imported:", sorted(set(sys.modules) - before))
+"""
+
+
+class DescriptorTest(DotproxyTestCase):
+    def raise_limit(
+        self, wanted: int, soft: int, hard: int, refused: bool = False
+    ) -> tuple[int, list[object]]:
+        """Return what the limit is then, and what the system was asked for."""
+        asked: list[object] = []
+
+        def setrlimit(_: int, limits: tuple[int, int]) -> None:
+            if refused:
+                raise ValueError("not allowed to raise maximum limit")
+            asked.append(limits)
+
+        get = mock.patch.object(resource, "getrlimit", lambda _: (soft, hard))
+        with get, mock.patch.object(resource, "setrlimit", setrlimit):
+            return dotproxy.raise_descriptor_limit(wanted), asked
+
+    def test_limit_is_raised_as_far_as_it_is_needed_and_may_be(self) -> None:
+        unlimited = resource.RLIM_INFINITY
+        for wanted, soft, hard, limit, asked in (
+            (2000, 1024, 4096, 2000, [(2000, 4096)]),
+            (2000, 1024, unlimited, 2000, [(2000, unlimited)]),
+            (9000, 1024, 4096, 4096, [(4096, 4096)]),
+            (2000, 4096, 8192, 2000, []),
+            (2000, unlimited, unlimited, 2000, []),
+            (2000, 64, 64, 64, [(64, 64)]),
+        ):
+            with self.subTest(wanted=wanted, soft=soft, hard=hard):
+                found = self.raise_limit(wanted, soft, hard)
+                self.assertEqual(found, (limit, asked))
+
+    def test_macos_takes_no_limit_above_its_own(self) -> None:
+        with mock.patch.object(sys, "platform", "darwin"):
+            _, asked = self.raise_limit(20000, 256, resource.RLIM_INFINITY)
+
+        self.assertEqual(asked, [(10240, resource.RLIM_INFINITY)])
+
+    def test_limit_that_cannot_be_raised_stays(self) -> None:
+        self.assertEqual(self.raise_limit(2000, 1024, 4096, refused=True)[0], 1024)
+
+    def fit(self, limit: int, *options: str) -> int:
+        """Return how many TCP clients are allowed with so many descriptors."""
+        raised = mock.patch.object(dotproxy, "raise_descriptor_limit", lambda _: limit)
+        with raised:
+            return dotproxy.fit_descriptors(configured(*options), 4).max_tcp_clients
+
+    def test_enough_descriptors_leave_all_as_it_is(self) -> None:
+        # 4 to each of 4 upstreams, 16 for suspects, 4 listeners, 16 in reserve.
+        self.assertEqual(self.fit(52 + 2 * 512), 512)
+
+    def test_too_few_descriptors_mean_fewer_tcp_clients_and_a_warning(self) -> None:
+        for limit, clients in ((51 + 2 * 512, 511), (64, 6), (20, 1)):
+            with self.subTest(limit=limit), self.assertLogs(dotproxy.logger) as logs:
+                self.assertEqual(self.fit(limit), clients)
+            self.assertEqual(len(logs.output), 1)
+            self.assertIn("LimitNOFILE=1076", logs.output[0])
+
+
+@contextlib.contextmanager
+def passed(*sockets: socket.socket, **variables: str) -> Iterator[dict[str, str]]:
+    """Pass sockets as systemd does, from PASSED up: yield the environment."""
+    numbers = range(PASSED, PASSED + len(sockets))
+    for number, each in zip(numbers, sockets):
+        os.dup2(each.fileno(), number, inheritable=False)
+        each.close()
+    try:
+        pid = str(os.getpid())
+        yield {"LISTEN_PID": pid, "LISTEN_FDS": str(len(sockets)), **variables}
+    finally:
+        for number in numbers:
+            with contextlib.suppress(OSError):
+                os.close(number)
+
+
+PASSED = 900
+
+
+def listener(kind: int, host: str = LOCALHOST) -> socket.socket:
+    """Make a socket as systemd does for ListenDatagram= or ListenStream=."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, kind)
+    made.bind((host, 0))
+    if kind == socket.SOCK_STREAM:
+        made.listen(1)
+    return made
+
+
+class InheritedSocketTest(DotproxyTestCase):
+    def test_sockets_are_taken_with_their_names(self) -> None:
+        sockets = listener(socket.SOCK_DGRAM), listener(socket.SOCK_STREAM)
+        with passed(*sockets, LISTEN_FDNAMES="dns:tls") as environment:
+            found = dotproxy.inherited_sockets(environment, PASSED)
+            for _, each in found:
+                each.close()
+
+        self.assertEqual([name for name, _ in found], ["dns", "tls"])
+        self.assertEqual([each.type for _, each in found], [2, 1])
+        self.assertEqual(environment, {})
+
+    def test_socket_without_a_name_has_an_empty_one(self) -> None:
+        for names in ({}, {"LISTEN_FDNAMES": ""}):
+            with passed(listener(socket.SOCK_DGRAM), **names) as environment:
+                ((name, taken),) = dotproxy.inherited_sockets(environment, PASSED)
+                taken.close()
+            self.assertEqual(name, "")
+
+    def test_sockets_for_another_process_are_left_alone(self) -> None:
+        for pid in (str(os.getppid()), ""):
+            with passed(listener(socket.SOCK_DGRAM), LISTEN_PID=pid) as environment:
+                self.assertEqual(dotproxy.inherited_sockets(environment, PASSED), [])
+                self.assertEqual(environment, {})
+                os.fstat(PASSED)
+
+    def assert_refused(self, words: str, *sockets: socket.socket, **given: str) -> None:
+        refused = self.assertRaisesRegex(dotproxy.ConfigError, words)
+        with passed(*sockets, **given) as environment, refused as caught:
+            dotproxy.inherited_sockets(environment, PASSED)
+        self.assertEqual(caught.exception.status, 1)
+
+    def test_what_cannot_be_served_on_is_refused(self) -> None:
+        deaf = socket.socket()
+        deaf.bind((LOCALHOST, 0))
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+        self.assert_refused("does not listen .is it Accept=yes", deaf)
+        self.assert_refused("neither IPv4 nor IPv6", unix)
+        self.assert_refused(f"descriptor {PASSED} of LISTEN_FDS: Bad", LISTEN_FDS="1")
+        self.assert_refused("LISTEN_FDS=x", LISTEN_FDS="x")
+
+    def test_socket_before_one_that_is_refused_is_closed(self) -> None:
+        good = listener(socket.SOCK_DGRAM)
+        address = good.getsockname()
+        self.assert_refused("Bad file", good, LISTEN_FDS="2")
+
+        with socket.socket(type=socket.SOCK_DGRAM) as again:
+            again.bind(address)
+
+    def test_inherited_sockets_are_served_on_and_no_others(self) -> None:
+        udp, tcp = listener(socket.SOCK_DGRAM), listener(socket.SOCK_STREAM)
+        address = udp.getsockname()
+        inherited = [("dns", udp), ("", tcp)]
+        with serving(inherited=inherited) as served, contextlib.ExitStack() as stack:
+            clients: list[Client] = [UDPClient(address), TCPClient(served.address)]
+            for client in clients:
+                stack.enter_context(client)
+                client.send(query())
+                self.assertEqual(parse(client.receive()).addresses, ["192.0.2.1"])
+            self.assertEqual(len(served.daemon.servers), 2)
+            described = dotproxy.describe_servers(served.daemon.servers)
+
+        self.assertEqual(described.split()[0], f"127.0.0.1:{address[1]}")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
+    def test_inherited_wildcard_socket_answers_from_the_address_asked(self) -> None:
+        for host, asked in (
+            ("0.0.0.0", "127.1.2.3"),
+            ("::", "::1"),
+            ("::", "127.1.2.3"),  # BindIPv6Only=both
+        ):
+            udp = listener(socket.SOCK_DGRAM, host)
+            with self.subTest(host=host, asked=asked), self.serving(udp) as served:
+                port = served.daemon.servers[0].server_address[1]
+                with UDPClient((asked, int(port))) as client:
+                    client.send(query())
+                    self.assertEqual(parse(client.receive()).rcode, 0)
+
+    def serving(
+        self, inherited: socket.socket
+    ) -> contextlib.AbstractContextManager[Served]:
+        """Serve on this socket alone."""
+        return serving(inherited=[("", inherited)])
+
+    def test_query_that_came_before_the_start_is_answered(self) -> None:
+        udp = listener(socket.SOCK_DGRAM)
+        with UDPClient(udp.getsockname()) as client:
+            client.send(query())
+            with self.serving(udp):
+                self.assertEqual(parse(client.receive()).rcode, 0)
+
+
+class Notifications:
+    """A socket as systemd has one, and what was said to it."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="dotproxy-")
+        os.chmod(self._directory.name, 0o755)
+        self.path = os.path.join(self._directory.name, "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+        os.chmod(self.path, 0o777)
+        self.socket.settimeout(10)
+
+    def __enter__(self) -> Notifications:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        self._directory.cleanup()
+
+    def next(self) -> str:
+        """Wait for the next notification."""
+        return self.socket.recv(4096).decode()
+
+
+class SupervisorTest(DotproxyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.heard = Notifications()
+        self.addCleanup(self.heard.__exit__)
+
+    def supervisor(self, **variables: str) -> dotproxy.Supervisor:
+        environment = {"NOTIFY_SOCKET": self.heard.path, **variables}
+        made = dotproxy.Supervisor(environment, self.clock)
+        self.assertEqual(environment, {})
+        return made
+
+    def test_without_a_socket_nothing_is_ever_due(self) -> None:
+        supervisor = dotproxy.Supervisor({"WATCHDOG_USEC": "1000000"}, self.clock)
+
+        supervisor.tell("READY=1")
+
+        self.assertIsNone(supervisor.patience())
+
+    def test_lines_are_one_datagram(self) -> None:
+        self.supervisor().tell("READY=1", "STATUS=well")
+
+        self.assertEqual(self.heard.next(), "READY=1\nSTATUS=well")
+
+    @unittest.skipUnless(sys.platform == "linux", "abstract names are Linux's")
+    def test_abstract_socket_is_found(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as abstract:
+            abstract.bind(f"\0dotproxy-test-{os.getpid()}")
+            abstract.settimeout(5)
+            name = f"@dotproxy-test-{os.getpid()}"
+            self.supervisor(NOTIFY_SOCKET=name).tell("READY=1")
+
+            self.assertEqual(abstract.recv(64), b"READY=1")
+
+    def test_watchdog_is_told_at_half_of_its_interval(self) -> None:
+        supervisor = self.supervisor(WATCHDOG_USEC="6000000", WATCHDOG_PID="")
+        self.assertEqual(supervisor.patience(), 3.0)
+        self.clock.advance(2.0)
+        self.assertEqual(supervisor.patience(), 1.0)
+        self.clock.advance(1.0)
+
+        supervisor.report("well", alive=True)
+
+        self.assertEqual(self.heard.next(), "WATCHDOG=1\nSTATUS=well")
+        self.assertEqual(supervisor.patience(), 3.0)
+
+    def test_watchdog_of_another_process_or_of_none_is_not_told(self) -> None:
+        pid = str(os.getpid())
+        for variables in (
+            {},
+            {"WATCHDOG_USEC": "0", "WATCHDOG_PID": pid},
+            {"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getppid())},
+            {"WATCHDOG_USEC": "soon", "WATCHDOG_PID": pid},
+        ):
+            with self.subTest(variables):
+                supervisor = self.supervisor(**variables)
+                self.assertEqual(supervisor.patience(), 10.0)
+                supervisor.report("well", alive=True)
+                self.assertEqual(self.heard.next(), "STATUS=well")
+
+    def test_loop_that_hangs_stops_the_watchdog_until_it_turns(self) -> None:
+        supervisor = self.supervisor(WATCHDOG_USEC="20000000")
+
+        with self.assertLogs(dotproxy.logger, "WARNING") as logs:
+            for alive in (False, False, True):
+                supervisor.report("well", alive=alive)
+
+        heard = [self.heard.next() for _ in range(3)]
+        self.assertEqual(heard, ["STATUS=well"] * 2 + ["WATCHDOG=1\nSTATUS=well"])
+        self.assertEqual(len(logs.output), 2)
+
+    def test_loop_that_hangs_is_looked_at_again_soon(self) -> None:
+        supervisor = self.supervisor(WATCHDOG_USEC="20000000")
+
+        with self.assertLogs(dotproxy.logger, "WARNING"):
+            supervisor.report("well", alive=False)
+
+        self.assertEqual(supervisor.patience(), 1.0)
+
+    def test_socket_that_is_gone_or_full_is_no_trouble(self) -> None:
+        supervisor = self.supervisor()
+        for _ in range(5000):
+            supervisor.tell("STATUS=" + "x" * 1000)
+        self.heard.socket.close()
+        os.unlink(self.heard.path)
+
+        supervisor.tell("READY=1")
+
+    def test_reload_is_told_before_and_after(self) -> None:
+        said: list[str] = []
+        self.supervisor().reload(lambda: said.append(self.heard.next()))
+
+        self.assertEqual(said, ["RELOADING=1\nMONOTONIC_USEC=1000000000"])
+        self.assertEqual(self.heard.next(), "READY=1")
+
+
+class LivenessTest(DotproxyTestCase):
+    def test_loops_note_that_they_turn(self) -> None:
+        with serving() as served:
+            for server in served.daemon.servers:
+                server.turned_at = 0.0
+                wait_until(functools.partial(self.turned, server))
+
+    def turned(self, server: dotproxy.UDPServer | dotproxy.TCPServer) -> bool:
+        return server.turned_at > 0
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[dotproxy.Daemon]:
+        """Serve, with loops that note nothing: `turned_at` stays as it is set."""
+        with contextlib.ExitStack() as stack:
+            for kind in (dotproxy.UDPServer, dotproxy.TCPServer):
+                patch = mock.patch.object(kind, "service_actions")
+                stack.enter_context(patch)
+            yield stack.enter_context(serving()).daemon
+
+    def test_one_loop_that_has_not_turned_for_5_seconds_hangs(self) -> None:
+        with self.standing() as daemon:
+            for hung in daemon.servers:
+                for server in daemon.servers:
+                    server.turned_at = 1000.0 if server is hung else 1004.0
+                self.assertTrue(daemon.is_turning(1004.9))
+                self.assertFalse(daemon.is_turning(1005.1))
+
+    def test_watchdog_hears_nothing_while_a_loop_hangs(self) -> None:
+        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        again = mock.patch.object(dotproxy.Supervisor, "AGAIN", 0.01)
+        with self.standing() as daemon, Notifications() as heard, again:
+            variables = {"NOTIFY_SOCKET": heard.path, "WATCHDOG_USEC": "20000"}
+            arguments = signals, daemon, dotproxy.Supervisor(variables)
+            waiter = threading.Thread(target=dotproxy.wait_for_signal, args=arguments)
+            daemon.servers[0].turned_at = -math.inf
+            with self.assertLogs(dotproxy.logger, "WARNING"):
+                waiter.start()
+                hung = [heard.next() for _ in range(3)]
+                daemon.servers[0].turned_at = time.monotonic()
+                wait_until(lambda: heard.next().startswith("WATCHDOG=1\n"))
+                signals.put(signal.SIGTERM)
+                waiter.join()
+
+        for each in hung:
+            self.assertRegex(each, r"\ASTATUS=1 of 1 upstreams up, 0 queries in flight")
+
+
 # ---- Command line --------------------------------------------------------------------
 
 
@@ -6366,6 +6933,7 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("cache_max_ttl", "3600", 3600),
     ("cache_fail_ttl", "2", 2),
     ("cache_stale", "0", 0),
+    ("user", "www-data", "www-data"),
     ("log_level", "debug", "debug"),
 ]
 
@@ -6676,7 +7244,7 @@ class ConfigTest(DotproxyTestCase):
 class Program:
     """The program in a process of its own, as `python -X dev -W error` runs it."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, **variables: str) -> None:
         command = [sys.executable, "-X", "dev", "-W", "error", dotproxy.__file__]
         environment = {
             name: text
@@ -6688,7 +7256,7 @@ class Program:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**environment, **variables},
         )
         self.output = ""
 
@@ -6700,10 +7268,13 @@ class Program:
         self._process.communicate()
 
     @classmethod
-    def before(cls, upstream: FakeUpstream, *options: str) -> Program:
+    def before(
+        cls, upstream: FakeUpstream, *options: str, **variables: str
+    ) -> Program:
         """Run it on a free port before this upstream."""
         where = f"--upstream={LOCALHOST}:{upstream.port}#dot.test"
-        return cls("--listen=127.0.0.1:0", where, f"--ca-file={PKI.ca}", *options)
+        given = ["--listen=127.0.0.1:0", where, f"--ca-file={PKI.ca}", *options]
+        return cls(*given, **variables)
 
     def line_with(self, word: str, timeout: float = 10.0) -> str:
         """Wait for a line of output with this word."""
@@ -6825,6 +7396,24 @@ class MainTest(DotproxyTestCase):
 
             self.assertIn("entries=1", said)
             self.assertEqual(len(upstream.queries), 2)
+
+    def test_supervisor_hears_of_the_start_a_reload_and_the_end(self) -> None:
+        with FakeUpstream() as upstream, Notifications() as heard:
+            variables = {"NOTIFY_SOCKET": heard.path}
+            with Program.before(upstream, **variables) as program:
+                self.assertRegex(heard.next(), r"\AREADY=1\nSTATUS=1 of 1 upstreams up")
+                program.signal(signal.SIGHUP)
+                self.assertRegex(heard.next(), r"\ARELOADING=1\nMONOTONIC_USEC=\d+\Z")
+                self.assertEqual(heard.next(), "READY=1")
+                program.signal(signal.SIGTERM)
+                self.assertEqual(heard.next(), "STOPPING=1\nWATCHDOG=1")
+                self.assertEqual(program.wait(), 0)
+
+    def test_ready_line_tells_the_user_and_the_limits(self) -> None:
+        with FakeUpstream() as upstream, Program.before(upstream) as program:
+            line = program.line_with("ready")
+
+        self.assertRegex(line, r" user=\w+ nofile=\d+ umask=077\n")
 
     def test_port_taken_is_one_line_and_status_1(self) -> None:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
