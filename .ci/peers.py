@@ -8,8 +8,9 @@
 
 Each DoT server program stands behind the proxy in turn, with a certificate made for
 the run, and every client program asks through it. Then come load over a slow link,
-certificates that must be refused, servers that die or hang, and domains with servers of
-their own.
+certificates that must be refused, servers that die or hang, domains with servers of
+their own, and what the host does with the process: another user, few descriptors,
+systemd.
 
 Where the system allows it, all of this happens in a network and a mount namespace of
 its own: no port can clash, nothing leaves the machine, and the system's resolver can
@@ -36,7 +37,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -109,9 +110,12 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 class Process:
     """A program with its output in a file, ended by its own process id."""
 
-    def __init__(self, command: list[str], directory: Path) -> None:
+    def __init__(
+        self, command: list[str], directory: Path, **variables: str
+    ) -> None:
         self.output_file = directory / "output.log"
         own = {k: v for k, v in os.environ.items() if not k.startswith("DOTPROXY_")}
+        own.update(variables)
         with self.output_file.open("ab") as output:
             self._popen = subprocess.Popen(
                 command,
@@ -127,6 +131,10 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     def output(self) -> str:
         return self.output_file.read_text(errors="replace")
@@ -530,6 +538,12 @@ class Server:
 # ---- The proxy and a slow link -------------------------------------------------------
 
 
+def can_become_nobody() -> bool:
+    """Tell whether nobody exists: a user namespace may know root alone."""
+    users = Path("/proc/self/uid_map").read_text().split()
+    return os.geteuid() != 0 or int(users[2]) > 1
+
+
 class Proxy:
     """dotproxy as a user runs it."""
 
@@ -541,6 +555,9 @@ class Proxy:
         name: str = f"#{TLS_NAME}",
         listen: str = "",
         options: tuple[str, ...] = (),
+        prefix: Sequence[str] = (),
+        activated: bool = False,
+        variables: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.lab = lab
         self.port = free_port()
@@ -548,15 +565,21 @@ class Proxy:
         if listen:
             listen_options += ["--listen", listen]
         command = [
+            *(word.replace("PORT", str(self.port)) for word in prefix),
             *(sys.executable, str(lab.proxy)),
-            *listen_options,
+            *([] if activated else listen_options),
             *("--upstream", f"{LOOPBACK}:{upstream_port}{name}"),
             *("--ca-file", str(lab.directory / "ca.pem")),
             *options,
+            *([] if can_become_nobody() else ["--user", "root"]),
         ]
-        self.process = Process(command, lab.new_directory("dotproxy"))
+        directory = lab.new_directory("dotproxy")
+        self.process = Process(command, directory, **dict(variables))
         lab.last_proxy = self.process
-        self.process.wait_until(lambda: "ready" in self.process.output())
+        if activated:  # it starts when the first query comes
+            self.process.wait_until(lambda: "Listening on" in self.process.output())
+        else:
+            self.process.wait_until(lambda: "ready" in self.process.output())
 
     def __enter__(self) -> Proxy:
         return self
@@ -1140,6 +1163,149 @@ HORIZON_CHECKS: dict[str, Callable[[Horizon], None]] = {
 }
 
 
+# ---- The host ------------------------------------------------------------------------
+# What the system does with the process: another user, few descriptors, systemd.
+
+# What is activated by its own socket adds another, and passes on both.
+LISTEN_STREAM = ["systemd-socket-activate", "-l", f"{LOOPBACK}:PORT"]
+LISTEN_DATAGRAM = [*LISTEN_STREAM, "--datagram"]
+# As MemoryDenyWriteExecute= and NoNewPrivileges= of a unit do it: PR_SET_MDWE (65) and
+# PR_SET_NO_NEW_PRIVS (38) of prctl(2), which both outlast execve.
+DENY = """
+import ctypes, os, sys
+prctl = ctypes.CDLL(None).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(65, 1, 0, 0, 0):
+    sys.exit("no PR_SET_MDWE")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+# A unit in the README: its name in the line above the block.
+UNIT = r"/(dotproxy\.\w+)`.*\n\n```ini\n((?:.*\n)*?)```"
+
+
+def expect_new_handshake(server: Server, proxy: Proxy, name: str) -> None:
+    """Restart the server and have a name asked that the cache does not know."""
+    server.process.stop()
+    server.start()
+    expect_match("status: NOERROR", ask(proxy, f"{DIG} {name}.{BENCH}"))
+    expect(server.queries() > 0, "the server saw no query")
+
+
+def check_nobody(lab: Lab) -> None:
+    """The CA file can be read no more, nor perhaps the library of this Python."""
+    if os.geteuid() != 0 or not can_become_nobody():
+        raise Skipped("needs root, and a user to become")
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port) as proxy:
+        process = Path(f"/proc/{proxy.process.pid}")
+        status = (process / "status").read_text()
+        for line in ("Uid", "Gid"):
+            expect_match(rf"\n{line}:(\s+65534){{4}}\n", status)
+        for line in (r"Groups:\s*", r"NoNewPrivs:\s+1", r"CapPrm:\s+0+"):
+            expect_match(rf"\n{line}\n", status)
+        expect_match(r"core file size +0 +0 ", (process / "limits").read_text())
+        expect_match(" user=nobody ", proxy.process.output())
+        expect_new_handshake(server, proxy, "dropped")
+        proxy.process.send(signal.SIGHUP)
+        expect_new_handshake(server, proxy, "hangup")
+        expect_match("cache flushed", proxy.process.output())
+        check_clean_end(proxy)
+
+
+def check_few_descriptors(lab: Lab) -> None:
+    limited = ["prlimit", "--nofile=64:64"]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(lab, "dnsdist"))
+        proxy = stack.enter_context(Proxy(lab, server.port, prefix=limited))
+        for _ in range(100):
+            address = LOOPBACK, proxy.port
+            stack.enter_context(socket.create_connection(address, 5))
+        for number in range(3):
+            expect_new_handshake(server, proxy, f"few{number}")
+        log = proxy.process.output()
+        expect_match(r"few descriptors: limit=64 max_tcp_clients=\d+:", log)
+        expect("Too many open files" not in log, "descriptors ran out")
+
+
+def check_activated(prefix: Sequence[str], first: str, lab: Lab) -> None:
+    server = Server(lab, "dnsdist")
+    with server, Proxy(lab, server.port, prefix=prefix, activated=True) as proxy:
+        for transport in (first, "+tcp", "+notcp"):
+            expect_match(IPV4, ask(proxy, f"{DIG} {transport} {HOST}"))
+        log = proxy.process.output()
+        expect_match(rf"ready: listen={LOOPBACK}:{proxy.port} ", log)
+        check_clean_end(proxy)
+
+
+def check_notifications(lab: Lab) -> None:
+    name = f"dotproxy-peers-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(f"\0{name}")
+        manager.settimeout(5)
+        server = stack.enter_context(Server(lab, "dnsdist"))
+        variables = ("NOTIFY_SOCKET", f"@{name}"), ("WATCHDOG_USEC", "200000")
+        proxy = stack.enter_context(Proxy(lab, server.port, variables=variables))
+        start = time.monotonic()
+        heard = [manager.recv(4096).decode() for _ in range(6)]
+        expect(0.3 < time.monotonic() - start < 2, "not a ping in each 100 ms")
+        expect_match(r"\AREADY=1\nSTATUS=1 of 1 upstreams up, ", heard[0])
+        expect(all(h.startswith("WATCHDOG=1\nSTATUS=") for h in heard[1:]), str(heard))
+        proxy.process.send(signal.SIGHUP)
+        proxy.process.stop()
+        rest = ""
+        with contextlib.suppress(socket.timeout):
+            manager.settimeout(0.2)
+            while True:
+                rest += manager.recv(4096).decode() + "\n"
+        expect_match(r"\nRELOADING=1\nMONOTONIC_USEC=\d+\nREADY=1\n", "\n" + rest)
+        expect_match(r"\nSTOPPING=1\n", rest)
+
+
+def check_units(lab: Lab) -> None:
+    """Take the units from the README, for systemd to judge."""
+    directory = lab.new_directory("units")
+    readme = lab.proxy.with_name("README.md").read_text()
+    units = re.findall(UNIT, readme)
+    names = [name for name, _ in units]
+    expect(names == ["dotproxy.socket", "dotproxy.service"], str(names))
+    for name, text in units:
+        (directory / name).write_text(text)
+    files = [str(directory / name) for name in names]
+    said = run("systemd-analyze", "verify", *files)
+    expect(not said, said)
+    judge = ["systemd-analyze", "security", "--offline=true", "--threshold=14"]
+    run(*judge, str(directory / "dotproxy.service"))
+
+
+def check_denied(lab: Lab) -> None:
+    prefix = [sys.executable, "-c", DENY]
+    try:
+        run(*prefix, shutil.which("true") or "/bin/true")
+    except CheckError as error:
+        raise Skipped("needs Linux 6.3") from error
+    server = Server(lab, "dnsdist")
+    with server, Proxy(lab, server.port, prefix=prefix) as proxy:
+        expect_new_handshake(server, proxy, "denied")
+
+
+HOST_CHECKS: dict[str, Callable[[Lab], None]] = {
+    "started as root: nobody, and answers after new handshakes": check_nobody,
+    "64 descriptors, 100 TCP clients: UDP and upstreams have theirs": (
+        check_few_descriptors
+    ),
+    "sockets from systemd-socket-activate, first query over UDP": partial(
+        check_activated, LISTEN_DATAGRAM + LISTEN_STREAM, "+notcp"
+    ),
+    "sockets from systemd-socket-activate, first query over TCP": partial(
+        check_activated, LISTEN_STREAM + LISTEN_DATAGRAM, "+tcp"
+    ),
+    "sd_notify: ready, watchdog, reload, stop": check_notifications,
+    "units in the README: valid, and exposed at most 1.4": check_units,
+    "no memory both writable and executable": check_denied,
+}
+
+
 # ---- Bench ---------------------------------------------------------------------------
 # The proxy and unbound, one after the other, before the same dnsdist.
 
@@ -1264,6 +1430,7 @@ GROUPS: list[Group[Proxy] | Group[Lab] | Group[Horizon]] = [
     Group("certificate", contextlib.nullcontext, CERTIFICATE_CHECKS),
     Group("outage", contextlib.nullcontext, OUTAGE_CHECKS),
     Group("split horizon", split_horizon, HORIZON_CHECKS),
+    Group("host", contextlib.nullcontext, HOST_CHECKS),
 ]
 
 
