@@ -2252,6 +2252,23 @@ class ConnectionTest(DotproxyTestCase):
 
         self.assertIn("for other.test, alias.other.test, not for dot.test", error)
 
+    def test_names_are_told_where_the_ca_file_can_be_read_no_more(self) -> None:
+        build = ssl.create_default_context
+        files: list[object] = []
+
+        def read_once(**given: str | bytes | None) -> ssl.SSLContext:
+            if given["cafile"] and files:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            files.append(given["cafile"])
+            return build(**given)  # type: ignore[arg-type]
+
+        once = mock.patch.object(ssl, "create_default_context", read_once)
+        with FakeUpstream(certificate=PKI.wrong_name) as upstream, once:
+            error = self.refused(upstream)
+
+        self.assertIn("for other.test, alias.other.test, not for dot.test", error)
+        self.assertEqual(files, [PKI.ca, None])
+
     def test_wrong_address_gets_no_query_and_the_error_tells_the_names(self) -> None:
         with FakeUpstream(certificate=PKI.wrong_name) as upstream:
             error = self.refused(upstream, name=LOCALHOST)
@@ -6733,6 +6750,27 @@ class InheritedSocketTest(DotproxyTestCase):
             client.send(query())
             with self.serving(udp):
                 self.assertEqual(parse(client.receive()).rcode, 0)
+
+
+class PreparationTest(DotproxyTestCase):
+    def test_sockets_that_are_passed_win_over_listen_with_a_warning(self) -> None:
+        inherited = [("", listener(socket.SOCK_DGRAM))]
+        with contextlib.ExitStack() as stack:
+            for name, new in (
+                ("inherited_sockets", lambda environment: inherited),
+                ("renounce_root", lambda user: f"<{user}>"),
+                ("raise_descriptor_limit", lambda wanted: wanted),
+            ):
+                stack.enter_context(mock.patch.object(dotproxy, name, new))
+            logs = stack.enter_context(self.assertLogs(dotproxy.logger, "WARNING"))
+            options = "--listen=127.0.0.1:0", f"--ca-file={PKI.ca}", "--user=someone"
+            daemon, host = dotproxy.prepare(configured(*options))
+
+        (server,) = daemon.servers
+        self.assertIs(server.socket, inherited[0][1])
+        server.server_close()
+        self.assertIn("--listen is not used", logs.output[0])
+        self.assertRegex(host, r"\Auser=<someone> nofile=\d+ umask=077\Z")
 
 
 class Notifications:
