@@ -3934,10 +3934,10 @@ class Supervisor:
         path = environment.pop("NOTIFY_SOCKET", "")
         self._address = "\0" + path[1:] if path.startswith("@") else path
         mine = environment.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        period = environment.pop("WATCHDOG_USEC", "0")
-        self._watched = mine and period.isascii() and period.isdigit() and period != "0"
-        wanted = int(period) / 2e6 if self._watched else self.STATUS
-        self._interval = min(wanted, self.STATUS)
+        digits = environment.pop("WATCHDOG_USEC", "")
+        period = int(digits) / 1e6 if digits.isascii() and digits.isdigit() else 0.0
+        self._watched = mine and period > 0
+        self._interval = min(period / 2, self.STATUS) if self._watched else self.STATUS
         self._due = clock() + self._interval
         self._hung = False
 

@@ -26,6 +26,7 @@ import functools
 import gc
 import grp
 import heapq
+import importlib
 import io
 import ipaddress
 import itertools
@@ -6371,6 +6372,7 @@ class Rights:
         self.uid, self.gid, self.groups = 0, 0, [0, 27]
         self.options: list[tuple[int, int]] = []  # of prctl, by who is not root
         self.core: object = None
+        self.imported: list[str] = []  # by root
         self._leaky, self._barred = leaky, barred
 
     def renounce(self, user: str | None) -> str:
@@ -6386,6 +6388,7 @@ class Rights:
             for target, name, new in (
                 (resource, "setrlimit", self._setrlimit),
                 (dotproxy, "find_prctl", lambda: self._prctl),
+                (importlib, "import_module", self._import),
                 *((os, name, new) for name, new in functions.items()),
             ):
                 patch = mock.patch.object(target, name, new, create=True)
@@ -6407,6 +6410,10 @@ class Rights:
 
     def _setrlimit(self, kind: int, limits: tuple[int, int]) -> None:
         self.core = limits if kind == resource.RLIMIT_CORE else None
+
+    def _import(self, name: str) -> None:
+        if not self.uid:
+            self.imported.append(name)
 
     def _prctl(self, option: int, value: int) -> None:
         if self.uid:
@@ -6431,6 +6438,13 @@ class PrivilegeTest(DotproxyTestCase):
         entry = pwd.getpwnam("nobody")
         self.assertEqual((rights.uid, rights.gid), (entry.pw_uid, entry.pw_gid))
         self.assertEqual((name, rights.groups, rights.core), ("nobody", [], (0, 0)))
+
+    def test_modules_are_imported_while_root_can_read_them(self) -> None:
+        rights = Rights()
+
+        rights.renounce(None)
+
+        self.assertEqual(rights.imported, list(dotproxy.LATE_MODULES))
 
     @unittest.skipUnless(sys.platform == "linux", "prctl is Linux's")
     def test_no_new_privileges_and_no_dump_are_asked_for_after_the_change(self) -> None:
