@@ -6636,6 +6636,13 @@ class DescriptorTest(DotproxyTestCase):
         # 4 to each of 4 upstreams, 16 for suspects, 4 listeners, 16 in reserve.
         self.assertEqual(self.fit(52 + 2 * 512), 512)
 
+    def test_routed_domain_has_descriptors_of_its_own(self) -> None:
+        routes = [f"--route=example.com=192.0.2.{n}#dot.test" for n in (1, 2)]
+
+        # 4 to each of the 2, and 16 for suspects, which are 12 clients fewer.
+        with self.assertLogs(dotproxy.logger, "WARNING"):
+            self.assertEqual(self.fit(52 + 2 * 512, *routes), 500)
+
     def test_too_few_descriptors_mean_fewer_tcp_clients_and_a_warning(self) -> None:
         for limit, clients in ((51 + 2 * 512, 511), (64, 6), (20, 1)):
             with self.subTest(limit=limit), self.assertLogs(dotproxy.logger) as logs:
