@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""dotproxy: plain DNS in, DNS over TLS out, in one file of the standard library.
+"""dotproxy: DNS in, DNS over TLS out, in one file of the standard library.
 
 The path of a query
 
@@ -22,6 +22,8 @@ The path of a query
 
     TCP clients enter at the same lookup and resolve, from StreamHandler, with another
     reply. lookup parses; what cannot be parsed is answered FORMERR or NOTIMP at once.
+    DoT clients do so from TLSHandler, which shakes hands first: it decrypts what it
+    receives, encrypts what it sends, and is a StreamHandler otherwise.
 
 Contracts that carry the design
 
@@ -40,9 +42,10 @@ Contracts that carry the design
 Threads
 
     main          waits for signals; meanwhile tells systemd how it goes, if it asks
-    udp-*, tcp-*  one per listening socket: receive datagrams, accept connections
+    udp-*, tcp-*, tls-*
+                  one per listening socket: receive datagrams, accept connections
     worker-*      pool: send a batch of UDP queries
-    stream-*      pool: one per connected TCP client, reads its queries
+    stream-*      pool: one per connected TCP or DoT client: shakes hands, reads queries
     upstream-*    one per upstream connection: connects, shakes hands, reads, replies
                   (a plain one, to the server of a routed domain, shakes no hands)
     timer         whatever has to happen later
@@ -51,7 +54,9 @@ Threads
     then bound every port, read every file and imported every module that it needs.
 
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
-but for those of Line and StreamHandler, over system calls that do not wait)
+but for those of Line and StreamHandler, over system calls that do not wait, and for
+TLSChannel's, which is taken last of all, over memory alone: under StreamHandler's, so
+that what is encrypted in turn is sent in turn, and under TLSServer.turns)
 
     Cache._lock          entries, their order and their size
     Proxy._lock          questions in flight and who waits for them
@@ -63,11 +68,13 @@ but for those of Line and StreamHandler, over system calls that do not wait)
     Line._lock           the socket, against being closed while another thread uses it
     Timer._condition     what is due
     WorkerPool._lock     number of threads, of idle ones and of waiting tasks
-    Clients._lock        connected TCP clients
+    Clients._lock        connected TCP and DoT clients
     StreamHandler._lock  octets that the client has not taken yet, queries in flight
+    TLSServer.turns      a semaphore: who computes a step of a handshake
 
     Shelf has no lock: its table is a dict of which only single operations are used. Nor
     has Routes: it does not change.
+    Identity neither: its context is replaced as a whole, by the main thread, at SIGHUP.
 """
 
 from __future__ import annotations
@@ -146,6 +153,7 @@ MIN_UDP_SIZE = 512  # what every client takes, RFC 1035 section 4.2.1
 MAX_UDP_SIZE = 1232  # no fragments on any common path, DNS flag day 2020
 MAX_OPTIONS = 4096  # octets of EDNS options to pass on; real ones have a few dozen
 QUERY_BLOCK = 128  # octets that queries are padded to, RFC 8467 section 4.1
+ANSWER_BLOCK = 468  # octets that encrypted answers are padded to, likewise
 
 
 class Rcode(enum.IntEnum):
@@ -230,6 +238,7 @@ class Query:
         "key",  # equal for queries that one upstream query can answer
         "limit",  # octets that the answer may have
         "options",  # EDNS options to pass on, as on the wire
+        "padded",  # whether the answer is, RFC 7830 section 4
         "question",  # QNAME, QTYPE and QCLASS as sent, case included
         "refusal",  # RCODE to refuse it with, or 0
         "stale",  # the expired cache entry that may answer it, set by the proxy
@@ -246,7 +255,7 @@ class Query:
         self.edns = False
         self.edns_flags = 0
         self.options = b""
-        self.keepalive = False
+        self.keepalive = self.padded = False
         self.refusal = 0
 
 
@@ -336,6 +345,7 @@ def _parse_opt(
             options = message[offset - length : offset]
             query.options, dropped = split_options(options)
             query.keepalive = stream and OPTION_KEEPALIVE in dropped
+            query.padded = OPTION_PADDING in dropped
             if len(query.options) > MAX_OPTIONS:
                 raise FormatError("more options than can be passed on")
     if offset != len(message):
@@ -363,7 +373,7 @@ def _set_keys(query: Query) -> None:
         query.key += more + query.options
 
 
-def parse_query(message: bytes, stream: bool = False) -> Query:
+def parse_query(message: bytes, stream: bool = False, encrypted: bool = False) -> Query:
     """Parse a message of at least 12 octets with QR=0; `stream`: it came over TCP.
 
     Raises FormatError with the RCODE to answer: FORMERR, or NOTIMP for an opcode other
@@ -383,6 +393,7 @@ def parse_query(message: bytes, stream: bool = False) -> Query:
         raise FormatError("records in the answer or authority section of a query")
     elif extra:
         _parse_opt(query, message, end, extra, stream)
+        query.padded = encrypted and query.padded  # in clear text it hides nothing
     elif len(message) != end:
         raise FormatError("octets after the question")
     _set_keys(query)
@@ -554,6 +565,19 @@ def _client_opt(query: Query, rcode: int, options: bytes) -> bytes:
     return b"\0" + RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, ttl, len(options)) + options
 
 
+def _pad_opt(opt: bytes, size: int, limit: int) -> bytes:
+    """Pad the OPT record that ends an answer of `size` octets (RFC 8467 section 4.2).
+
+    To a whole number of blocks; where that is above the limit, up to the limit.
+    """
+    padding = min(-(size + 4) % ANSWER_BLOCK, limit - size - 4)
+    if padding < 0:
+        return opt
+    option = PAIR.pack(OPTION_PADDING, padding) + bytes(padding)
+    length = len(opt) - 11 + len(option)
+    return opt[:9] + length.to_bytes(2, "big") + opt[11:] + option
+
+
 def build_answer(
     query: Query,
     response: Response,
@@ -580,6 +604,9 @@ def build_answer(
         opt = _client_opt(query, response.rcode, b"")
     if opt:
         extra += 1
+        if query.padded:
+            size = 12 + len(query.question) + len(body) + len(opt)
+            opt = _pad_opt(opt, size, query.limit)
     head = HEADER.pack(query.id, flags, 1, answers, authority, extra)
     return head + query.question + body + opt
 
@@ -1316,7 +1343,7 @@ class ConnectionOwner:
 
 
 class TLSChannel:
-    """The client's end of a TLS session, on memory buffers; no socket, no waiting.
+    """One end of a TLS session, on memory buffers; no socket, no waiting.
 
     An OpenSSL object may not be used by two threads at once (openssl #18209), and
     CPython does not see to it. Any thread may call any method: each holds the lock,
@@ -1325,11 +1352,21 @@ class TLSChannel:
 
     RECORD = 16384  # octets of plaintext that a TLS record has at most
 
-    def __init__(self, trust: Trust, name: str, session: ssl.SSLSession | None) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        name: str | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        """Make a client's end, or the server's where there is no `name` to prove."""
         self._lock = threading.Lock()  # guards the two buffers and the TLS object
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = trust.context.wrap_bio(
-            self._incoming, self._outgoing, server_hostname=name, session=session
+        self._tls = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=name is None,
+            server_hostname=name,
+            session=session,
         )
 
     def shake_hands(self, octets: bytes) -> tuple[bytes, bool]:
@@ -1353,7 +1390,9 @@ class TLSChannel:
                 self._tls.write(plaintext)
             return self._outgoing.read()
 
-    def decrypt(self, octets: memoryview) -> tuple[bytes, UpstreamError | None, bool]:
+    def decrypt(
+        self, octets: memoryview | bytes
+    ) -> tuple[bytes, UpstreamError | None, bool]:
         """Return the plaintext, why there will be no more, and if `encrypt` is due."""
         parts, failure = [], None
         with self._lock:
@@ -1422,6 +1461,29 @@ class PlainChannel:
 Channel = Union[TLSChannel, PlainChannel]
 
 
+def shake_hands(
+    raw: socket.socket,
+    step: Callable[[bytes], tuple[bytes, bool]],
+    deadline: float,
+    clock: Callable[[], float],
+) -> None:
+    """Carry octets between a socket and the `step` of a handshake, until it is done.
+
+    Blocks, at most until the deadline. Raises OSError (ssl.SSLError is one) or, where
+    the peer goes away, UpstreamError.
+    """
+    octets, done = step(b"")
+    while True:
+        raw.settimeout(max(0.001, deadline - clock()))
+        raw.sendall(octets)
+        if done:
+            return
+        octets = raw.recv(TLSChannel.RECORD)
+        if not octets:
+            raise UpstreamError("tls", "closed during the TLS handshake")
+        octets, done = step(octets)
+
+
 class Line:
     """The way to an endpoint: a connected socket and a channel over it.
 
@@ -1459,10 +1521,10 @@ class Line:
         if not self._endpoint.name:
             raw.settimeout(None)
             return PlainChannel(), round_trip
-        channel = TLSChannel(self._trust, self._endpoint.name, session)
+        channel = TLSChannel(self._trust.context, self._endpoint.name, session)
         deadline = self._clock() + patience[1]
         try:
-            self._shake_hands(raw, channel, deadline)
+            shake_hands(raw, channel.shake_hands, deadline, self._clock)
         except ssl.SSLError as error:
             self.send(channel.farewell())
             failure = describe_tls_error(error, self._trust)
@@ -1559,20 +1621,6 @@ class Line:
         code = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
-
-    def _shake_hands(
-        self, raw: socket.socket, channel: TLSChannel, deadline: float
-    ) -> None:
-        octets, done = channel.shake_hands(b"")
-        while True:
-            raw.settimeout(max(0.001, deadline - self._clock()))
-            raw.sendall(octets)
-            if done:
-                return
-            octets = raw.recv(self.READ_SIZE)
-            if not octets:
-                raise UpstreamError("tls", "closed during the TLS handshake")
-            octets, done = channel.shake_hands(octets)
 
     def _add_names(
         self, failure: UpstreamError, error: ssl.SSLError, patience: tuple[float, float]
@@ -2923,15 +2971,21 @@ class Shelf:
         """Do the same for a message that came over TCP."""
         return self._look_up(message, now, stream=True)
 
+    def lookup_encrypted(self, message: bytes, now: float) -> bytes | Query:
+        """Do the same for a message that came over TLS."""
+        return self._look_up(message, now, stream=True, encrypted=True)
+
     def flush(self) -> None:
         """Forget every cached answer."""
         number = self._cache.flush()
         self._hot = {}
         logger.info("cache flushed: entries=%d", number)
 
-    def _look_up(self, message: bytes, now: float, stream: bool) -> bytes | Query:
+    def _look_up(
+        self, message: bytes, now: float, stream: bool, encrypted: bool = False
+    ) -> bytes | Query:
         try:
-            query = parse_query(message, stream)
+            query = parse_query(message, stream, encrypted)
         except FormatError as error:
             return build_format_error(message, error.rcode)
         if query.refusal:
@@ -3107,6 +3161,7 @@ class Proxy:
         self._shelf = Shelf(cache, timer, self._refresh)
         self.lookup = self._shelf.lookup
         self.lookup_stream = self._shelf.lookup_stream
+        self.lookup_encrypted = self._shelf.lookup_encrypted
         self.flush = self._shelf.flush
         binding = ProcessorBinding()
 
@@ -3491,6 +3546,8 @@ class StreamHandler(socketserver.BaseRequestHandler):
         self.in_flight = 0
         self._lock = threading.Lock()  # guards in_flight, _unsent, _stalled_at, _broken
         self._changed = threading.Condition(self._lock)  # told when in_flight falls
+        self._received = b""  # the beginning of a query
+        self._reading = True  # until the client has sent its last
         self._unsent = b""
         self._stalled_at = 0.0
         self._broken = False  # then the socket may be closed: nobody touches it
@@ -3498,49 +3555,75 @@ class StreamHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Read queries until the client is done, idle for too long, or gone."""
-        buffer, octets = b"", b"?"
-        while octets or self.in_flight or self._unsent:
-            if not self._wait(bool(octets)):
+        while self._reading or self.in_flight or self._unsent:
+            if not self._wait():
                 return
-            if not (octets and self._hungry()):
+            if not self._hungry():
                 continue
             try:
-                octets = self.request.recv(self.READ_SIZE)
+                octets = self.receive()
             except BlockingIOError:
                 continue
             except OSError:
                 return
-            messages, buffer = split_frames(buffer + octets)
-            if messages:
-                self.active_at = self.server.clock()
-                self._resolve(messages)
-            if hopeless(buffer):
+            if not self._take(octets):
                 return
 
     def finish(self) -> None:
         """Let the server forget it."""
         with self._lock:
+            self._part_locked()
             self._broken = True
         self.server.clients.leave(self)
 
     def drop(self) -> None:
         """End it from another thread: its own finds the socket shut."""
         with self._lock:
+            self._part_locked()
             self._break_locked()
 
     def reply(self, message: bytes) -> None:
         """Send an answer; any thread, never blocks."""
         self._push(len(message).to_bytes(2, "big") + message, answers=1)
 
-    def _hungry(self) -> bool:
-        return self.in_flight < self.MAX_IN_FLIGHT and not self._unsent
+    # The four that another transport than TCP does otherwise. None may block.
 
-    def _wait(self, reading: bool) -> bool:
+    def receive(self) -> bytes:
+        """Return octets of queries; raises OSError where there are none yet or ever."""
+        octets = self.request.recv(self.READ_SIZE)
+        self._reading = bool(octets)
+        return octets
+
+    def look_up(self, message: bytes) -> bytes | Query:
+        """Return the answer to a message, or the query that has to be resolved."""
+        return self.server.proxy.lookup_stream(message, self.active_at)
+
+    def seal(self, octets: bytes) -> bytes:
+        """Return what goes out for these octets of answers; called in their order."""
+        return octets
+
+    def parting(self) -> bytes:
+        """Return what goes out last."""
+        return b""
+
+    def _take(self, octets: bytes) -> bool:
+        """Resolve the queries that are whole; False where no more can be understood."""
+        messages, self._received = split_frames(self._received + octets)
+        if messages:
+            self.active_at = self.server.clock()
+            self._resolve(messages)
+        return not hopeless(self._received)
+
+    def _hungry(self) -> bool:
+        room = self.in_flight < self.MAX_IN_FLIGHT and not self._unsent
+        return room and self._reading
+
+    def _wait(self) -> bool:
         """Wait for something to do, at most a moment; False when it is over."""
         wait = self.MOMENT
         if not (self.in_flight or self._unsent):
             wait = self.active_at + self.server.idle_timeout - self.server.clock()
-        wanted = select.POLLIN if reading and self._hungry() else 0
+        wanted = select.POLLIN if self._hungry() else 0
         wanted |= select.POLLOUT if self._unsent else 0
         if wanted and wait > 0:
             poller = select.poll()
@@ -3558,7 +3641,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
         for message in filter(answerable, messages):
             with self._lock:
                 self.in_flight += 1
-            found = self.server.proxy.lookup_stream(message, self.active_at)
+            found = self.look_up(message)
             if isinstance(found, bytes):
                 self.reply(found)
             else:
@@ -3574,8 +3657,9 @@ class StreamHandler(socketserver.BaseRequestHandler):
             self._changed.notify()
             if self._broken:
                 return
-            unsent, sent = self._unsent + octets, 0
+            unsent, sent = self._unsent, 0
             try:
+                unsent += self.seal(octets)
                 sent = self.request.send(unsent)
             except BlockingIOError:
                 pass
@@ -3589,6 +3673,12 @@ class StreamHandler(socketserver.BaseRequestHandler):
             stalled = now - self._stalled_at > self.STALL
             if stalled or len(self._unsent) > self.MAX_UNSENT:
                 self._break_locked()
+
+    def _part_locked(self) -> None:
+        """Send the last octets; behind a part of others they would mean nothing."""
+        if not (self._broken or self._unsent) and (octets := self.parting()):
+            with contextlib.suppress(OSError):
+                self.request.send(octets)
 
     def _break_locked(self) -> None:
         """End the connection, unless that was done: its thread finds it shut."""
@@ -3649,6 +3739,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 128
     daemon_threads = True
+    handler: type[StreamHandler] = StreamHandler
     PAUSE = 0.25  # s until it tries again to accept where descriptors have run out
     CALM = 10.0  # s without that, after which it is worth another line in the log
 
@@ -3674,7 +3765,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         self._short_at = -math.inf  # when descriptors last ran out
         version = ipaddress.ip_address(address[0]).version
         self.address_family = socket.AF_INET6 if version == 6 else socket.AF_INET
-        super().__init__(address, StreamHandler)
+        super().__init__(address, self.handler)
 
     def server_bind(self) -> None:
         """Bind the socket."""
@@ -3712,6 +3803,203 @@ class TCPServer(socketserver.ThreadingTCPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
         logger.exception("internal error: server=tcp")
+
+
+# ---- Encrypted clients (RFC 7858, RFC 8310) ------------------------------------------
+# The same over TLS: who serves it shakes hands first, then is a stream like any other.
+
+
+def describe_chain_error(error: OSError, chain: str, key: str) -> ConfigError:
+    """Say why a certificate and its key cannot be used together."""
+    reason = str(getattr(error, "reason", None) or "")
+    if reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+        cure = "give the one that it was made with, with --tls-key PEM"
+        return ConfigError(f"the key in {key} is not that of {chain}; {cure}")
+    if reason:
+        reason = reason.replace("_", " ").lower()
+        return ConfigError(f"cannot use the certificate in {chain}: {reason}")
+    text = f"cannot read the key in {key} or the certificate in {chain}"
+    cure = "give PEM files, the key without a passphrase (openssl pkey removes it)"
+    return ConfigError(f"{text}; {cure}")
+
+
+class Identity:
+    """What clients are shown: the certificate chain and its key, as last read."""
+
+    PARTIAL_CHAIN = 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; its name is new in Python 3.10
+    FLIGHTS = 3  # messages each way until both ends of a handshake are done, at most
+    context: ssl.SSLContext
+
+    def __init__(self, chain: str, key: str | None = None) -> None:
+        """Read them; `key`: the file of the key, if it is not in that of the chain.
+
+        Raises ConfigError where they cannot be used.
+        """
+        self._chain = chain
+        self._key = key or chain
+        self._load()
+
+    def reload(self) -> None:
+        """Read them again, for handshakes from now on; keep the old where they are bad.
+
+        The context is replaced in one step, and with it the keys of session tickets: no
+        client resumes a session under a certificate that is no longer shown.
+        """
+        try:
+            self._load()
+        except ConfigError as error:
+            logger.warning("certificate not replaced: error=%s", error)
+
+    def _load(self) -> None:
+        chain, key = self._chain, self._key
+        self._check_pem("--tls-cert", chain, b"-----BEGIN CERTIFICATE-----")
+        self._check_pem("--tls-key", key, b"PRIVATE KEY-----")
+        try:
+            context = self._build_context()
+            level, text = logging.INFO, self._try(context)
+        except ssl.SSLCertVerificationError as error:
+            level, text = logging.WARNING, f"refused by clients: {error.verify_message}"
+        except OSError as error:  # of TLS, or a file that has just been removed
+            raise describe_chain_error(error, chain, key) from error
+        self.context = context
+        logger.log(level, "certificate loaded: file=%s %s", chain, text)
+
+    def _build_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        # Who offers none of it is served as well: RFC 7858 has no such token.
+        context.set_alpn_protocols(["dot"])
+        # With no passphrase at hand, OpenSSL would ask for it on the terminal.
+        context.load_cert_chain(self._chain, self._key, password=lambda: b"")
+        return context
+
+    @staticmethod
+    def _check_pem(option: str, path: str, mark: bytes) -> None:
+        try:
+            with open(path, "rb") as file:
+                found = mark in file.read()
+        except OSError as error:
+            cure = f"give {option} PEM"
+            if isinstance(error, PermissionError):
+                cure = "let the user that this runs as read it, or give another --user"
+            text = f"cannot read {path}: {error.strerror}; {cure}"
+            raise ConfigError(text) from error
+        if not found:
+            kind = "certificate" if b"CERTIFICATE" in mark else "private key"
+            raise ConfigError(f"no {kind} in {path}; give one with {option} PEM")
+
+    def _try(self, context: ssl.SSLContext) -> str:
+        """Shake hands with ourselves; return what a client that trusts us finds.
+
+        The certificate's own time and purpose are looked at, not who issued it. Raises
+        ssl.SSLCertVerificationError where every client would.
+        """
+        strict = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        strict.check_hostname = False
+        strict.verify_flags |= self.PARTIAL_CHAIN
+        strict.load_verify_locations(self._chain)
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = strict.wrap_bio(to_client, to_server)
+        server = context.wrap_bio(to_server, to_client, server_side=True)
+        for end in (client, server) * self.FLIGHTS:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        found = client.getpeercert() or {}
+        names = [str(pair[1]) for pair in found.get("subjectAltName", ())]
+        return f"names={','.join(names)} until={found.get('notAfter')}"
+
+
+class TLSHandler(StreamHandler):
+    """Serves one DoT client."""
+
+    HANDSHAKE = 5.0  # s that it may take
+
+    server: TLSServer
+
+    def setup(self) -> None:
+        """Prepare, as the idlest of all clients until the handshake is done.
+
+        Whoever connects and says nothing makes room before any client that is served.
+        """
+        self._channel = TLSChannel(self.server.identity.context)
+        self._shaken = False  # the socket does not wait, and the channel may be used
+        super().setup()
+        self.active_at -= self.server.idle_timeout
+
+    def handle(self) -> None:
+        """Shake hands, then serve; queries may have come with the last octets."""
+        try:
+            self._shake_hands()
+        except (OSError, UpstreamError) as error:
+            text = "no TLS session: client=%s error=%s"
+            logger.debug(text, self.client_address[0], error)
+            return
+        if self._take(self._open(b"")):
+            super().handle()
+
+    def receive(self) -> bytes:
+        """Return octets of queries; none for a record that has not come whole."""
+        return self._open(super().receive())
+
+    def look_up(self, message: bytes) -> bytes | Query:
+        """Return the answer, padded where that is asked for, or the query."""
+        return self.server.proxy.lookup_encrypted(message, self.active_at)
+
+    def seal(self, octets: bytes) -> bytes:
+        """Return what goes out for these octets of answers, and for TLS itself."""
+        return self._channel.encrypt(octets)
+
+    def parting(self) -> bytes:
+        """Return close_notify, or the alert that says why there is no session."""
+        return self._channel.farewell() if self._shaken else b""
+
+    def _shake_hands(self) -> None:
+        clock, channel = self.server.clock, self._channel
+
+        def step(octets: bytes) -> tuple[bytes, bool]:
+            with self.server.turns:
+                return channel.shake_hands(octets)
+
+        try:
+            shake_hands(self.request, step, clock() + self.HANDSHAKE, clock)
+        finally:
+            self.request.setblocking(False)
+            self._shaken = True
+            self.active_at = clock()
+
+    def _open(self, octets: bytes) -> bytes:
+        """Decrypt; note the client's end, and send what TLS itself has to say."""
+        plaintext, failure, due = self._channel.decrypt(octets)
+        self._reading = self._reading and failure is None
+        if due:
+            self._push(b"")
+        return plaintext
+
+
+class TLSServer(TCPServer):
+    """Accepts DoT clients: the same bounds, and handshakes in the clients' threads."""
+
+    handler = TLSHandler
+    # Steps of handshakes computed at once, about 1 ms each; others wait for their turn.
+    # OpenSSL computes without the GIL: all of them at once would take the processors
+    # from everybody else.
+    COMPUTING = 1
+
+    def __init__(
+        self,
+        address: Address,
+        proxy: Proxy,
+        pool: WorkerPool,
+        clients: Clients,
+        *,
+        identity: Identity,
+        inherited: socket.socket | None = None,
+    ) -> None:
+        """Bind the address, or use an inherited socket that is bound to it."""
+        self.identity = identity
+        self.turns = threading.BoundedSemaphore(self.COMPUTING)
+        super().__init__(address, proxy, pool, clients, inherited=inherited)
 
 
 # ---- Host: privileges, descriptors, systemd ------------------------------------------
@@ -3995,6 +4283,9 @@ class Config:
     listen: tuple[Address, ...] = DEFAULT_LISTEN
     upstream: tuple[Endpoint, ...] = DEFAULT_UPSTREAMS
     route: tuple[Route, ...] = ()
+    tls_listen: tuple[Address, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
     ca_file: str | None = None
     pin: tuple[tuple[str, str], ...] = ()  # pairs of a TLS name and a public_key_pin
     tls_min: str = "1.2"
@@ -4013,7 +4304,7 @@ class Config:
     listen_given: bool = False
 
 
-LISTS = {"listen", "pin", "route", "upstream"}  # options that may be given repeatedly
+LISTS = {"listen", "pin", "route", "tls_listen", "upstream"}  # may be given repeatedly
 
 
 def split_port(text: str, port: int) -> tuple[str, int]:
@@ -4033,16 +4324,16 @@ def split_port(text: str, port: int) -> tuple[str, int]:
     return host, int(digits)
 
 
-def parse_listen(text: str) -> Address:
+def parse_listen(text: str, port: int = DEFAULT_PORT) -> Address:
     """Parse `ADDR[:PORT]`, for argparse."""
     try:
-        host, port = split_port(text, DEFAULT_PORT)
+        host, chosen = split_port(text, port)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     try:
-        return str(ipaddress.ip_address(host)), port
+        return str(ipaddress.ip_address(host)), chosen
     except ValueError:
-        hint = "give an IP address, such as 127.0.0.1:5353, or 0.0.0.0 for all"
+        hint = f"give an IP address, such as 127.0.0.1:{port}, or 0.0.0.0 for all"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}") from None
 
 
@@ -4206,6 +4497,30 @@ def add_serving_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_encrypted_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what concerns encrypted clients."""
+    group.add_argument(
+        "--tls-listen",
+        metavar="ADDR[:PORT]",
+        type=functools.partial(parse_listen, port=DOT_PORT),
+        action="append",
+        help="serve DNS over TLS here, on port 853 if none is given; repeatable "
+        "(default: nowhere)",
+    )
+    group.add_argument(
+        "--tls-cert",
+        metavar="PEM",
+        help="the certificate to show to clients, with its chain; read again at SIGHUP "
+        "(default: none)",
+    )
+    group.add_argument(
+        "--tls-key",
+        metavar="PEM",
+        help="its private key, without a passphrase (default: the one in the same "
+        "file)",
+    )
+
+
 def add_upstream_options(group: argparse._ArgumentGroup) -> None:
     """Describe what concerns resolvers."""
     group.add_argument(
@@ -4303,7 +4618,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="dotproxy",
         usage="%(prog)s [OPTION]... [@FILE]",
-        description="Forward plain DNS (UDP and TCP) to DNS-over-TLS resolvers.",
+        description="Forward DNS (UDP, TCP and TLS) to DNS-over-TLS resolvers.",
         epilog="Every option can also be set as DOTPROXY_OPTION in the environment, "
         "lists with commas or spaces between; the command line wins. @FILE reads "
         "options from a file, one a line, with # comments.",
@@ -4314,6 +4629,7 @@ def build_parser() -> Parser:
         ),
     )
     add_serving_options(parser.add_argument_group("serving"))
+    add_encrypted_options(parser.add_argument_group("encrypted clients"))
     add_upstream_options(parser.add_argument_group("upstream"))
     add_trust_options(parser.add_argument_group("trust"))
     add_cache_options(parser.add_argument_group("cache"))
@@ -4369,30 +4685,58 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     return config
 
 
-def describe_bind_error(error: OSError, address: Address) -> str:
+ENCRYPTED_SOCKET = "tls"  # what a socket that is passed for encrypted clients is called
+
+
+def load_identity(config: Config, passed: bool = False) -> Identity | None:
+    """Read what is to be shown to encrypted clients, if there are to be any.
+
+    `passed`: systemd passed a socket for them. Raises ConfigError.
+    """
+    chain, key = config.tls_cert, config.tls_key
+    wanted = bool(config.tls_listen) or passed
+    if wanted and chain is not None:
+        return Identity(chain, key)
+    if wanted:
+        what = "--tls-listen" if config.tls_listen else "a socket named tls"
+        cure = "give --tls-cert PEM, and --tls-key PEM if its key is in another file"
+        raise ConfigError(f"{what} needs a certificate: {cure}")
+    if chain is not None or key is not None:
+        option = "--tls-key" if chain is None else "--tls-cert"
+        cure = "give --tls-listen ADDR, or leave it out"
+        raise ConfigError(f"{option} is for encrypted clients: {cure}")
+    return None
+
+
+def describe_bind_error(
+    error: OSError, address: Address, option: str = "--listen"
+) -> str:
     """Say why an address cannot be listened on, and how to mend it."""
     host, port = address
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
         holder = {
             53: "another DNS server, such as systemd-resolved or dnsmasq",
+            853: "another DNS-over-TLS server",
             5353: "a multicast DNS daemon, such as avahi-daemon or mDNSResponder",
         }.get(port, "another program")
-        cure = f"stop it, or choose another port with --listen {host}:5354"
+        spare = 5354 if option == "--listen" else 8853
+        cure = f"stop it, or choose another port with {option} {host}:{spare}"
         taken = f"port {port} is taken, probably by {holder}"
         return f"cannot listen on {where}: {taken}; {cure}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        cure = "start as root, or choose a port from 1024 up with --listen"
+        cure = f"start as root, or choose a port from 1024 up with {option}"
         return f"cannot listen on {where}: no permission for port {port}; {cure}"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"cannot listen on {where}: this host has no such address; mend --listen"
-    return f"cannot listen on {where}: {error.strerror}; mend --listen"
+        return f"cannot listen on {where}: this host has no such address; mend {option}"
+    return f"cannot listen on {where}: {error.strerror}; mend {option}"
 
 
-def bind_port(
-    address: Address, bind: Callable[[Address], tuple[TCPServer, UDPServer]]
-) -> tuple[TCPServer, UDPServer]:
-    """Bind one address; port 0 becomes a port that is free for both."""
+Binder = Callable[[Address], Sequence["UDPServer | TCPServer"]]
+
+
+def bind_port(address: Address, bind: Binder) -> Sequence[UDPServer | TCPServer]:
+    """Bind one address; port 0 becomes a port that is free for all its servers."""
     attempts = 1 if address[1] else 16
     while True:
         attempts -= 1
@@ -4405,8 +4749,9 @@ def bind_port(
 
 def bind_servers(
     addresses: Iterable[Address],
-    bind: Callable[[Address], tuple[TCPServer, UDPServer]],
+    bind: Binder,
     given: bool,
+    option: str = "--listen",
 ) -> list[UDPServer | TCPServer]:
     """Bind every address; raises ConfigError where one that was `given` cannot be."""
     servers: list[UDPServer | TCPServer] = []
@@ -4421,7 +4766,8 @@ def bind_servers(
                 continue
             for server in servers:
                 server.server_close()
-            raise ConfigError(describe_bind_error(error, address), status=1) from error
+            text = describe_bind_error(error, address, option)
+            raise ConfigError(text, status=1) from error
     if not servers:
         raise ConfigError("no address to listen on; give --listen ADDR:PORT", status=1)
     return servers
@@ -4470,9 +4816,12 @@ class Daemon:
     ) -> None:
         """Build and bind everything; starts no thread. Raises ConfigError.
 
-        With `inherited` sockets, and their names, those are served on and no others.
+        With `inherited` sockets, and their names, those are served on in place of
+        --listen; to clients of streams named `tls` in TLS.
         """
         trust = Trust(config.ca_file, pins=config.pin, tls_min=config.tls_min)
+        names = [name for name, _ in inherited]
+        self._identity = load_identity(config, ENCRYPTED_SOCKET in names)
         self._config = config
         self._timer = Timer()
         self._proxy = Proxy(
@@ -4497,9 +4846,11 @@ class Daemon:
         self._clients = Clients(limit, config.max_tcp_per_client)
         self.servers: list[UDPServer | TCPServer]
         if inherited:
-            self.servers = [self._adopt(listener) for _, listener in inherited]
+            self.servers = [self._adopt(*each) for each in inherited]
         else:
             self.servers = bind_servers(config.listen, self._bind, config.listen_given)
+        if config.tls_listen:
+            self._bind_encrypted(config.tls_listen)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -4508,6 +4859,7 @@ class Daemon:
         self._proxy.start()
         for server in self.servers:
             kind = "udp" if isinstance(server, UDPServer) else "tcp"
+            kind = "tls" if isinstance(server, TLSServer) else kind
             name = f"{kind}-{server.server_address[0]!s}"
             thread = threading.Thread(
                 target=server.serve_forever, name=name, daemon=True
@@ -4515,9 +4867,11 @@ class Daemon:
             self._threads.append(thread)
             thread.start()
 
-    def flush(self) -> None:
-        """Empty the cache."""
+    def reload(self) -> None:
+        """Empty the cache, and read certificate and key again."""
         self._proxy.flush()
+        if self._identity is not None:
+            self._identity.reload()
 
     def _bind(self, address: Address) -> tuple[TCPServer, UDPServer]:
         tcp = TCPServer(address, self._proxy, self._streams, self._clients)
@@ -4528,12 +4882,32 @@ class Daemon:
             tcp.server_close()
             raise
 
-    def _adopt(self, listener: socket.socket) -> UDPServer | TCPServer:
+    def _bind_encrypted(self, addresses: Sequence[Address]) -> None:
+        def bind(address: Address) -> tuple[TLSServer]:
+            return (self._serve_encrypted(address),)
+
+        try:
+            self.servers += bind_servers(addresses, bind, True, "--tls-listen")
+        except ConfigError:
+            for server in self.servers:
+                server.server_close()
+            raise
+
+    def _adopt(self, name: str, listener: socket.socket) -> UDPServer | TCPServer:
         address = listener.getsockname()[:2]
         if listener.type == socket.SOCK_DGRAM:
             return UDPServer(address, self._proxy, self._workers, inherited=listener)
+        if name == ENCRYPTED_SOCKET:
+            return self._serve_encrypted(address, listener)
         everything = address, self._proxy, self._streams, self._clients
         return TCPServer(*everything, inherited=listener)
+
+    def _serve_encrypted(
+        self, address: Address, inherited: socket.socket | None = None
+    ) -> TLSServer:
+        assert self._identity is not None
+        everything = address, self._proxy, self._streams, self._clients
+        return TLSServer(*everything, identity=self._identity, inherited=inherited)
 
     def is_turning(self, now: float) -> bool:
         """Tell whether every loop that receives from clients has come round of late."""
@@ -4595,7 +4969,8 @@ def prepare(config: Config) -> tuple[Daemon, str]:
     inherited = inherited_sockets(os.environ)
     if inherited and config.listen_given:
         logger.warning("--listen is not used: sockets were passed by LISTEN_FDS")
-    config = fit_descriptors(config, len(inherited) or 2 * len(config.listen))
+    listeners = len(inherited) or 2 * len(config.listen)
+    config = fit_descriptors(config, listeners + len(config.tls_listen))
     daemon = Daemon(config, inherited)
     user = renounce_root(config.user)
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4608,16 +4983,18 @@ def run(config: Config) -> int:
     supervisor = Supervisor(os.environ)
     daemon, host = prepare(config)
     actions: dict[int, Callable[[], None]] = {
-        signal.SIGHUP: functools.partial(supervisor.reload, daemon.flush),
+        signal.SIGHUP: functools.partial(supervisor.reload, daemon.reload),
         signal.SIGUSR1: daemon.log_state,
     }
     for watched in (signal.SIGTERM, signal.SIGINT, *actions):
         signal.signal(watched, lambda received, _: signals.put(received))
     tune_collector()
     daemon.start()
+    encrypted = [each for each in daemon.servers if isinstance(each, TLSServer)]
     logger.info(
-        "ready: listen=%s upstream=%s%s %s",
-        describe_servers(daemon.servers),
+        "ready: listen=%s%s upstream=%s%s %s",
+        describe_servers(each for each in daemon.servers if each not in encrypted),
+        f" tls={describe_servers(encrypted)}" if encrypted else "",
         " ".join(str(endpoint) for endpoint in config.upstream),
         "".join(f" route={domain}={endpoint}" for domain, endpoint in config.route),
         host,

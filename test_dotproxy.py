@@ -460,6 +460,18 @@ vUJBA1uALus8UnWFr68GHPu3RuwBamUhYQ==
 -----END EC PRIVATE KEY-----
 """
 
+# KEY_PEM, by "openssl ec -aes128 -passout pass:secret".
+LOCKED_KEY_PEM = """\
+-----BEGIN EC PRIVATE KEY-----
+Proc-Type: 4,ENCRYPTED
+DEK-Info: AES-128-CBC,DE024510EE4856D8245CF4BB34C40283
+
+2MKcYRVt6w1r0V3WWPC4oS4nPxubwyjwgxiwKm78N5/f/cDw5uXkHkgz3YZwXzKJ
+VY/zPewMP/iwFtHr8mykDhui8G+XETV4tT2vwNu3tsoHNkxHiSYlMycBcTW7OKsN
+FRgt8UXql/Vw+tJTDwkFolZk7VDKv+BDFKefyktoEhc=
+-----END EC PRIVATE KEY-----
+"""
+
 
 # What `openssl x509 -in CERTIFICATE -noout -pubkey | openssl pkey -pubin -outform der |
 # openssl dgst -sha256 -binary | base64` says of them.
@@ -480,7 +492,7 @@ atexit.register(_directory.cleanup)
 
 
 class PKI:
-    """Paths of the test certificates; all but `ca` hold certificate and key."""
+    """Paths of the test certificates; the first ones, but `ca`, with their key."""
 
     ca = _write_pem("ca", CA_PEM)
     good = _write_pem("good", GOOD_PEM, KEY_PEM)
@@ -488,6 +500,10 @@ class PKI:
     wrong_name = _write_pem("wrong_name", WRONG_NAME_PEM, KEY_PEM)
     expired = _write_pem("expired", EXPIRED_PEM, KEY_PEM)
     unknown_ca = _write_pem("unknown_ca", UNKNOWN_CA_PEM, KEY_PEM)
+    good_alone = _write_pem("good_alone", GOOD_PEM)
+    key_alone = _write_pem("key_alone", KEY_PEM)
+    key2_alone = _write_pem("key2_alone", KEY2_PEM)
+    locked_key = _write_pem("locked_key", LOCKED_KEY_PEM)
 
 
 # ---- Clock ---------------------------------------------------------------------------
@@ -590,6 +606,66 @@ class TCPClient:
 
     def _limit(self) -> None:
         self.socket.settimeout(max(0.001, self._deadline - time.monotonic()))
+
+
+def trusting(alpn: Iterable[str] = ("dot",)) -> ssl.SSLContext:
+    """Make the settings of a DoT client that trusts the test CA."""
+    context = ssl.create_default_context(cafile=PKI.ca)
+    context.set_alpn_protocols(list(alpn))
+    return context
+
+
+class TLSClient(TCPClient):
+    """A DNS client over TLS that verifies the server's name."""
+
+    def __init__(
+        self,
+        server: Address,
+        timeout: float = 5.0,
+        *,
+        source: str = "",
+        context: ssl.SSLContext | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        super().__init__(server, timeout, source=source)
+        self._context = context or trusting()
+        try:
+            self.tls = self._context.wrap_socket(
+                self.socket,
+                server_hostname="dot.test",
+                session=session,
+                suppress_ragged_eofs=False,
+            )
+        except BaseException:
+            self.socket.close()
+            raise
+        self.socket = self.tls
+
+    def __enter__(self) -> TLSClient:
+        return self
+
+    @property
+    def certificate(self) -> bytes:
+        """The certificate that the server has shown."""
+        return self.tls.getpeercert(True) or b""
+
+    def receive(self) -> bytes:
+        """Return the next message, or raise EOFError if the server closed."""
+        try:
+            return super().receive()
+        except ssl.SSLZeroReturnError:
+            raise EOFError("closed, after close_notify of both ends") from None
+
+    def again(self) -> TLSClient:
+        """Connect once more, and offer to resume the session."""
+        server = self.socket.getpeername()
+        return TLSClient(server, context=self._context, session=self.tls.session)
+
+    def half_close(self) -> None:
+        """Send close_notify; what the server still has to say can be read."""
+        self.socket.settimeout(0)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.tls.unwrap()
 
 
 # ---- Fake upstream -------------------------------------------------------------------
@@ -1118,6 +1194,18 @@ class Served(NamedTuple):
         servers = self.daemon.servers
         return next(s for s in servers if isinstance(s, dotproxy.TCPServer))
 
+    @property
+    def tls(self) -> dotproxy.TLSServer:
+        """The first server for encrypted clients."""
+        servers = self.daemon.servers
+        return next(s for s in servers if isinstance(s, dotproxy.TLSServer))
+
+    @property
+    def tls_address(self) -> Address:
+        """Where the proxy listens for encrypted clients."""
+        host, port = self.tls.server_address[:2]
+        return str(host), int(port)
+
     def wait_for_in_flight(self, count: int) -> None:
         """Wait until so many queries of clients have no answer yet."""
         proxy = self.tcp.proxy
@@ -1146,6 +1234,10 @@ def serving(
         stack.callback(daemon.close)
         daemon.start()
         yield Served(upstream, daemon)
+
+
+# The options of a proxy that serves encrypted clients as well.
+ENCRYPTED = "--tls-listen=127.0.0.1:0", f"--tls-cert={PKI.good}"
 
 
 def configure(
@@ -1777,6 +1869,89 @@ class AnswerTest(DotproxyTestCase):
                 message = HEADER.pack(0x4321, flags, 9, 9, 9, 9) + b"garbage"
                 got = dotproxy.build_format_error(message, Rcode.FORMERR)
                 self.assertEqual(got, HEADER.pack(0x4321, expected, 0, 0, 0, 0))
+
+
+class PaddingTest(DotproxyTestCase):
+    PADDED = query(do=False, options=option(PADDING, bytes(50)))
+
+    def answer(
+        self, asked: bytes, message: bytes, *, encrypted: bool = True
+    ) -> Message:
+        received = dotproxy.parse_query(asked, True, encrypted)
+        return parse(dotproxy.build_answer(received, parsed_response(message, asked)))
+
+    def padding(self, got: Message) -> int | None:
+        """Return the size of the padding, which must be of zeros, or None."""
+        options = got.opt.options if got.opt else []
+        found = [value for code, value in options if code == PADDING]
+        self.assertEqual(found, [bytes(len(each)) for each in found][:1])
+        return len(found[0]) if found else None
+
+    def test_encrypted_answer_is_a_multiple_of_468_octets(self) -> None:
+        for size in range(1000):
+            message = response(self.PADDED, record("a", "TXT", bytes(size)))
+            got = self.answer(self.PADDED, message)
+            self.assertEqual(len(got.raw) % 468, 0)
+            self.assertIn(self.padding(got), range(468))
+
+    def test_answer_is_not_padded_unless_asked_for_and_encrypted(self) -> None:
+        for asked, encrypted in (
+            (self.PADDED, False),
+            (query(do=False), True),
+            (query(do=False, options=option(KEEPALIVE)), True),
+        ):
+            message = response(asked, "192.0.2.1", options=option(PADDING, bytes(9)))
+            with self.subTest(encrypted=encrypted):
+                got = self.answer(asked, message, encrypted=encrypted)
+                self.assertIsNone(self.padding(got))
+
+    def test_query_without_opt_gets_an_answer_without_it(self) -> None:
+        asked = query()
+
+        self.assertIsNone(self.answer(asked, response(asked, "192.0.2.1")).opt)
+
+    def test_padded_answer_never_exceeds_65535_octets(self) -> None:
+        room = 65535 - len(response(self.PADDED, record("a", "TXT", b"")))
+        for size in range(room - 500, room + 5):
+            message = response(self.PADDED, record("a", "TXT", bytes(size)), edns=False)
+            received = dotproxy.parse_query(self.PADDED, True, True)
+            answer = dotproxy.build_answer(
+                received, parsed_response(message, self.PADDED)
+            )
+            with self.subTest(size=size):
+                self.assertLessEqual(len(answer), 65535)
+                got = parse(answer)
+                whole = len(answer) % 468 == 0 or len(answer) > 65535 - 19
+                self.assertTrue(whole, len(answer))
+                self.assertEqual(got.flags & TC, TC * (size > room))
+
+    def test_padding_follows_the_other_options(self) -> None:
+        asked = query(do=False, options=option(PADDING) + option(KEEPALIVE))
+        message = response(asked, options=option(EDE, b"\0\3"))
+
+        got = self.answer(asked, message)
+
+        assert got.opt is not None
+        codes = [code for code, _ in got.opt.options]
+        self.assertEqual((codes, len(got.raw)), ([EDE, KEEPALIVE, PADDING], 468))
+
+    def test_error_of_our_own_is_padded(self) -> None:
+        received = dotproxy.parse_query(self.PADDED, True, True)
+        for rcode in (Rcode.SERVFAIL, Rcode.REFUSED, Rcode.BADVERS):
+            error = dotproxy.error_response(rcode, option(EDE, b"\0\0why"))
+            got = parse(dotproxy.build_answer(received, error))
+            with self.subTest(rcode=rcode):
+                self.assertEqual((got.rcode, len(got.raw)), (rcode, 468))
+
+    def test_keys_are_those_of_a_query_without_padding(self) -> None:
+        padded = dotproxy.parse_query(self.PADDED, True, True)
+        plain = dotproxy.parse_query(query(do=False))
+
+        self.assertTrue(padded.padded)
+        self.assertEqual((padded.key, padded.cache_key), (plain.key, plain.cache_key))
+        self.assertEqual(
+            dotproxy.build_upstream_query(padded), dotproxy.build_upstream_query(plain)
+        )
 
 
 class FramingTest(DotproxyTestCase):
@@ -4818,7 +4993,7 @@ class CacheBoundTest(DotproxyTestCase):
         self.assertAlmostEqual(self.measure(1 << 30, 100_000, 1, 380), 1.0, delta=0.3)
 
     def test_size_of_large_answers_is_honest(self) -> None:
-        self.assertAlmostEqual(self.measure(1 << 30, 40_000, 30, 0), 1.0, delta=0.3)
+        self.assertAlmostEqual(self.measure(1 << 30, 60_000, 30, 0), 1.0, delta=0.3)
 
     def test_size_stays_honest_as_names_come_and_go(self) -> None:
         self.assertAlmostEqual(self.measure(1 << 24, 100_000, 1, 0), 1.0, delta=0.3)
@@ -5987,13 +6162,19 @@ class DNSServerContract(MixIn):
     """What every server does, whatever its transport."""
 
     host = LOCALHOST
+    options: tuple[str, ...] = ()
 
     def connect(self, served: Served) -> Client:
         raise NotImplementedError
 
+    def serve(
+        self, script: Reply = answer
+    ) -> contextlib.AbstractContextManager[Served]:
+        return serving(script, *self.options, host=self.host)
+
     def ask(self, *messages: bytes, script: Reply = answer) -> list[Message]:
         """Return as many answers as there are messages."""
-        with serving(script, host=self.host) as served, self.connect(served) as client:
+        with self.serve(script) as served, self.connect(served) as client:
             client.send(*messages)
             return [parse(client.receive()) for _ in messages]
 
@@ -6026,7 +6207,7 @@ class DNSServerContract(MixIn):
         self.assertEqual({got.id for got in answers}, {0x1234})
 
     def test_message_that_deserves_no_answer_gets_none(self) -> None:
-        with serving(host=self.host) as served, self.connect(served) as client:
+        with self.serve() as served, self.connect(served) as client:
             client.send(response(query(id=1), "192.0.2.1"))
             self.send_short(client)
             ids = []
@@ -6057,7 +6238,7 @@ class DNSServerContract(MixIn):
 
     def test_equal_questions_in_flight_go_upstream_once(self) -> None:
         hold = Hold()
-        with serving(hold, host=self.host) as served, contextlib.ExitStack() as stack:
+        with self.serve(hold) as served, contextlib.ExitStack() as stack:
             clients = [self.connect(served) for _ in range(3)]
             for number, client in enumerate(clients):
                 stack.enter_context(client)
@@ -6071,7 +6252,7 @@ class DNSServerContract(MixIn):
 
     def test_many_questions_in_flight_get_their_own_answers(self) -> None:
         hold = Hold(lambda message, _: f"192.0.2.{message.qname.split('.')[0]}")
-        with serving(hold, host=self.host) as served, self.connect(served) as client:
+        with self.serve(hold) as served, self.connect(served) as client:
             client.send(*[query(f"{n}.example", id=n) for n in range(200)])
             hold.release(200, reverse=True)
             answers = [parse(client.receive()) for _ in range(200)]
@@ -6096,6 +6277,13 @@ class UDPv6ContractTest(UDPv4ContractTest):
 class TCPContractTest(DNSServerContract, DotproxyTestCase):
     def connect(self, served: Served) -> Client:
         return TCPClient(served.address)
+
+
+class DoTContractTest(DNSServerContract, DotproxyTestCase):
+    options = ENCRYPTED
+
+    def connect(self, served: Served) -> Client:
+        return TLSClient(served.tls_address)
 
 
 class UDPServerTest(DotproxyTestCase):
@@ -6361,6 +6549,450 @@ class TCPServerTest(DotproxyTestCase):
         served.wait_for_in_flight(0)
 
 
+# ---- Encrypted clients ---------------------------------------------------------------
+
+
+class Handshake:
+    """A client's handshake, message by message, over a socket of its own."""
+
+    def __init__(self, server: Address) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = trusting().wrap_bio(
+            self._incoming, self._outgoing, server_hostname="dot.test"
+        )
+        self.socket = socket.create_connection(server, 5)
+
+    def __enter__(self) -> Handshake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def hello(self) -> None:
+        """Send the first message."""
+        self._step()
+
+    def begin(self) -> None:
+        """Say hello and wait for the server's part; the client's end is left out."""
+        self.hello()
+        self._incoming.write(self.socket.recv(65536))
+
+    def finish_with(self, octets: bytes) -> None:
+        """Shake hands; the last flight is sent with these octets behind it."""
+        self.begin()
+        while not self._step(octets):
+            self._incoming.write(self.socket.recv(65536))
+
+    def send(self, octets: bytes) -> None:
+        """Send as much of these octets as there is room for."""
+        self._tls.write(octets)
+        with contextlib.suppress(BlockingIOError):
+            self.socket.send(self._outgoing.read(), socket.MSG_DONTWAIT)
+
+    def receive(self) -> bytes:
+        """Return what comes next."""
+        while True:
+            try:
+                return self._tls.read(65536)
+            except ssl.SSLWantReadError:
+                self._incoming.write(self.socket.recv(65536))
+
+    def _step(self, octets: bytes = b"") -> bool:
+        done = False
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.do_handshake()
+            self._tls.write(octets)
+            done = True
+        self.socket.sendall(self._outgoing.read())
+        return done
+
+
+class ServedOverTLS(Served):
+    """A running proxy whose first stream server is the one for encrypted clients."""
+
+    @property
+    def tcp(self) -> dotproxy.TCPServer:
+        """The server for encrypted clients."""
+        return self.tls
+
+
+class TLSStreamTest(TCPServerTest):
+    """All that holds for TCP clients holds for encrypted ones."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.serving = serving
+        here = sys.modules[__name__]
+        for name, other in (
+            ("TCPClient", TLSClient),
+            ("serving", self.serving_over_tls),
+        ):
+            patch = mock.patch.object(here, name, other)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    @contextlib.contextmanager
+    def serving_over_tls(
+        self, script: Reply = answer, *options: str
+    ) -> Iterator[Served]:
+        with self.serving(script, *ENCRYPTED, *options) as served:
+            yield ServedOverTLS(*served)
+
+    def test_client_that_never_reads_is_dropped_while_another_is_served(self) -> None:
+        def large(message: Message, _: FakeConnection) -> bytes:
+            return response(message.raw, record("a", "TXT", bytes(60000)))
+
+        def dropped() -> bool:
+            try:
+                deaf.send(frame(query()))
+            except ConnectionError:
+                return True
+            return False
+
+        with (
+            mock.patch.object(dotproxy.StreamHandler, "STALL", 0.1),
+            serving(by_name({"large.example": large})) as served,
+            Handshake(served.address) as deaf,
+            TLSClient(served.address) as other,
+        ):
+            names = [query("large.example", id=n) for n in range(200)]
+            deaf.finish_with(frame(*names))
+            self.assert_served(other)
+            wait_until(dropped)
+            self.assert_served(other)
+
+
+class TLSServerTest(DotproxyTestCase):
+    PADDED = PaddingTest.PADDED
+
+    def serve(
+        self, script: Reply = answer, *options: str
+    ) -> contextlib.AbstractContextManager[Served]:
+        return serving(script, *ENCRYPTED, *options)
+
+    def ask(self, client: Client, *messages: bytes) -> list[Message]:
+        client.send(*messages)
+        return [parse(client.receive()) for _ in messages]
+
+    def assert_served(self, client: Client, name: str = "www.example.com") -> None:
+        (got,) = self.ask(client, query(name))
+        self.assertEqual((got.rcode, got.qname), (0, name))
+
+    def assert_orderly_end(self, client: TLSClient) -> None:
+        """Check that close_notify comes before the end of the stream."""
+        client.socket.settimeout(5)
+        self.assertEqual(client.socket.recv(1), b"")
+
+    def test_answer_is_padded_on_request_whether_cached_or_not(self) -> None:
+        with self.serve() as served, TLSClient(served.tls_address) as client:
+            for _ in range(2):
+                (got,) = self.ask(client, self.PADDED)
+                self.assertEqual(len(got.raw), 468)
+            (got,) = self.ask(client, query(do=False))
+
+        self.assertLess(len(got.raw), 100)
+        self.assertEqual(len(served.upstream.queries), 1)
+
+    def test_answer_in_clear_text_is_never_padded(self) -> None:
+        with self.serve() as served:
+            for kind in (TCPClient, UDPClient):
+                with kind(served.address) as client:
+                    for _ in range(2):
+                        (got,) = self.ask(client, self.PADDED)
+                        self.assertLess(len(got.raw), 100)
+
+    def test_one_question_in_flight_is_padded_for_whom_asked_so(self) -> None:
+        hold = Hold()
+        with self.serve(hold) as served, contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(client)
+                for client in (TLSClient(served.tls_address), TCPClient(served.address))
+            ]
+            for client in clients:
+                client.send(self.PADDED)
+            served.wait_for_in_flight(2)
+            hold.release()
+            sizes = [len(client.receive()) for client in clients]
+
+        self.assertEqual((sizes[0], sizes[1] < 100), (468, True))
+
+    def test_error_of_our_own_is_padded_on_request(self) -> None:
+        def refused(message: Message, _: FakeConnection) -> bytes:
+            return response(message.raw, rcode=5)
+
+        with self.serve(refused) as served, TLSClient(served.tls_address) as client:
+            (got,) = self.ask(client, self.PADDED)
+
+        self.assertEqual((got.rcode, len(got.raw)), (5, 468))
+
+    def test_idle_timeout_is_told_as_over_tcp(self) -> None:
+        asked = query(do=False, options=option(KEEPALIVE))
+        with self.serve() as served, TLSClient(served.tls_address) as client:
+            (got,) = self.ask(client, asked)
+
+        assert got.opt is not None
+        self.assertEqual(got.opt.options, [(KEEPALIVE, b"\0\x64")])
+
+    def test_large_answer_is_whole(self) -> None:
+        def large(message: Message, _: FakeConnection) -> bytes:
+            return response(message.raw, record("a", "TXT", bytes(60000)))
+
+        with self.serve(large) as served, TLSClient(served.tls_address) as client:
+            (got,) = self.ask(client, self.PADDED)
+
+        self.assertEqual((len(got.raw) % 468, len(got.answers[0].rdata)), (0, 60000))
+
+    def test_alpn_dot_is_selected_and_its_absence_is_served(self) -> None:
+        with self.serve() as served:
+            for offered, selected in (
+                (["dot"], "dot"),
+                (["h2", "dot"], "dot"),
+                ([], None),
+                (["h2", "http/1.1"], None),  # Python cannot refuse it
+            ):
+                context = trusting(offered)
+                with self.subTest(offered=offered):
+                    client = TLSClient(served.tls_address, context=context)
+                    with client:
+                        self.assertEqual(client.tls.selected_alpn_protocol(), selected)
+                        self.assert_served(client)
+
+    def test_both_versions_are_served_and_resume_a_session(self) -> None:
+        with self.serve() as served:
+            for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+                context = trusting()
+                context.minimum_version = context.maximum_version = version
+                client = TLSClient(served.tls_address, context=context)
+                with self.subTest(version=version), client:
+                    self.assert_served(client)
+                    with client.again() as other:
+                        self.assertTrue(other.tls.session_reused)
+                        self.assert_served(other)
+
+    def test_version_before_1_2_is_refused_with_an_alert(self) -> None:
+        context = trusting()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        with self.serve() as served, self.assertRaises(ssl.SSLError) as caught:
+            TLSClient(served.tls_address, context=context)
+
+        self.assertIn("PROTOCOL_VERSION", caught.exception.reason)
+
+    def test_query_that_comes_with_the_handshake_is_answered(self) -> None:
+        with self.serve() as served, Handshake(served.tls_address) as client:
+            client.finish_with(frame(query()))
+
+            self.assertEqual(parse(client.receive()[2:]).rcode, 0)
+
+    def test_half_of_a_query_that_comes_with_the_handshake_is_kept(self) -> None:
+        octets = frame(query())
+        with self.serve() as served, Handshake(served.tls_address) as client:
+            client.finish_with(octets[:9])
+            client.send(octets[9:])
+
+            self.assertEqual(parse(client.receive()[2:]).rcode, 0)
+
+    def test_handshake_that_does_not_end_is_cut_off(self) -> None:
+        patience = mock.patch.object(dotproxy.TLSHandler, "HANDSHAKE", 0.05)
+        with patience, self.serve() as served:
+            for octets in (b"", bytes.fromhex("1603010200010001fc0303")):
+                client = socket.create_connection(served.tls_address, 5)
+                with self.subTest(octets=octets), client:
+                    client.sendall(octets)
+                    self.assertEqual(client.recv(1), b"")
+
+    def test_garbage_for_a_hello_ends_it_and_harms_nobody(self) -> None:
+        with self.serve() as served, TLSClient(served.tls_address) as client:
+            for octets in (frame(query()), b"GET / HTTP/1.1\r\n\r\n", bytes(3000)):
+                stranger = socket.create_connection(served.tls_address, 5)
+                with self.subTest(octets=octets[:20]), stranger:
+                    stranger.sendall(octets)
+                    with contextlib.suppress(ConnectionResetError):
+                        while stranger.recv(4096):
+                            pass
+                    self.assert_served(client)
+            served.wait_for_in_flight(0)
+
+    def test_broken_record_ends_it_at_once_with_an_alert(self) -> None:
+        hold = Hold()
+        with self.serve(hold) as served, TLSClient(served.tls_address) as client:
+            client.send(query())
+            served.wait_for_in_flight(1)
+            os.write(client.socket.fileno(), b"\x17\x03\x03\0\x20" + bytes(32))
+            with self.assertRaises(ssl.SSLError) as caught:
+                client.receive()
+            hold.release()
+            served.wait_for_in_flight(0)
+
+        self.assertIn("BAD_RECORD_MAC", caught.exception.reason)
+
+    def test_nonsense_that_comes_with_the_handshake_ends_it(self) -> None:
+        with self.serve() as served, Handshake(served.tls_address) as client:
+            client.finish_with(frame(b"too short"))
+
+            self.assertEqual(client.receive(), b"")
+
+    def test_handshakes_wait_for_their_turn_and_clients_do_not(self) -> None:
+        with (
+            self.serve() as served,
+            TLSClient(served.tls_address) as client,
+            Handshake(served.tls_address) as other,
+        ):
+            self.assert_served(client)
+            with served.tls.turns:
+                other.hello()
+                other.socket.settimeout(0.05)
+                self.assertRaises(socket.timeout, other.socket.recv, 1)
+                self.assert_served(client)
+            other.socket.settimeout(5)
+            other.finish_with(frame(query()))
+            self.assertEqual(parse(other.receive()[2:]).rcode, 0)
+
+    def test_unfinished_handshake_makes_room_before_any_client(self) -> None:
+        with (
+            self.serve(answer, "--max-tcp-clients=2") as served,
+            TLSClient(served.tls_address) as client,
+            Handshake(served.tls_address) as unfinished,
+        ):
+            self.assert_served(client)
+            unfinished.begin()
+            with TLSClient(served.tls_address) as other:
+                self.assertEqual(unfinished.socket.recv(1), b"")
+                self.assert_served(client)
+                self.assert_served(other)
+
+    def test_client_counts_beside_those_over_tcp(self) -> None:
+        with (
+            self.serve(answer, "--max-tcp-clients=1") as served,
+            TCPClient(served.address) as first,
+        ):
+            self.assert_served(first)
+            with TLSClient(served.tls_address) as second:
+                self.assertRaises(EOFError, first.receive)
+                self.assert_served(second)
+
+    def test_end_is_told_to_an_idle_client(self) -> None:
+        with self.serve() as served:
+            served.tls.idle_timeout = 0.05
+            with TLSClient(served.tls_address) as client:
+                self.assert_orderly_end(client)
+
+    def test_end_is_told_to_a_client_that_makes_room(self) -> None:
+        with (
+            self.serve(answer, "--max-tcp-clients=1") as served,
+            TLSClient(served.tls_address) as client,
+        ):
+            self.assert_served(client)
+            with TLSClient(served.tls_address):
+                self.assert_orderly_end(client)
+
+    def test_end_of_the_proxy_is_told(self) -> None:
+        with contextlib.ExitStack() as stack:
+            with self.serve() as served:
+                client = stack.enter_context(TLSClient(served.tls_address))
+                self.assert_served(client)
+
+            self.assert_orderly_end(client)
+
+    def test_session_of_the_old_certificate_is_not_resumed(self) -> None:
+        with self.serve() as served, TLSClient(served.tls_address) as client:
+            self.assert_served(client)
+            served.tls.identity.reload()
+            with client.again() as other:
+                self.assertFalse(other.tls.session_reused)
+                self.assert_served(other)
+            self.assert_served(client)
+
+
+def rotate(path: str, source: str) -> None:
+    """Replace what is in one file by what is in another."""
+    with open(source, "rb") as new, open(path, "wb") as file:
+        file.write(new.read())
+
+
+class IdentityTest(DotproxyTestCase):
+    def refusal(self, chain: str, key: str | None = None) -> str:
+        with self.assertRaises(dotproxy.ConfigError) as caught:
+            dotproxy.Identity(chain, key)
+        self.assertNotIn("\n", str(caught.exception))
+        return str(caught.exception)
+
+    def test_key_is_in_the_file_of_the_chain_or_in_its_own(self) -> None:
+        for chain, key in ((PKI.good, None), (PKI.good_alone, PKI.key_alone)):
+            with self.subTest(key=key), self.assertLogs(dotproxy.logger) as logged:
+                dotproxy.Identity(chain, key)
+                self.assertIn("names=dot.test,127.0.0.1", logged.output[0])
+                self.assertIn("until=Jan  1 00:00:00 2100 GMT", logged.output[0])
+
+    def test_pair_that_cannot_be_used_is_one_line_that_says_why(self) -> None:
+        absent = os.path.join(os.path.dirname(PKI.ca), "absent.pem")
+        for chain, key, words in (
+            (absent, None, [absent, "No such file", "--tls-cert"]),
+            (PKI.good, absent, [absent, "No such file", "--tls-key"]),
+            (os.path.dirname(absent), None, ["directory", "--tls-cert"]),
+            (dotproxy.__file__, None, ["dotproxy.py"]),
+            (PKI.key_alone, PKI.key_alone, ["no certificate", PKI.key_alone]),
+            (PKI.good_alone, None, ["no private key", PKI.good_alone, "--tls-key"]),
+            (PKI.good, PKI.key2_alone, ["is not that of", PKI.key2_alone]),
+            (PKI.good_alone, PKI.locked_key, ["passphrase", PKI.locked_key]),
+        ):
+            with self.subTest(chain=chain, key=key):
+                text = self.refusal(chain, key)
+                for word in words:
+                    self.assertIn(word, text)
+
+    def test_expired_certificate_is_a_warning(self) -> None:
+        with self.assertLogs(dotproxy.logger, "WARNING") as logged:
+            dotproxy.Identity(PKI.expired)
+
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("certificate has expired", logged.output[0])
+
+    def test_file_that_the_user_may_not_read_is_told_so(self) -> None:
+        barred = PermissionError(errno.EACCES, "Permission denied")
+        with mock.patch("builtins.open", side_effect=barred):
+            text = self.refusal(PKI.good)
+
+        self.assertIn("Permission denied; let the user that this runs as", text)
+
+    def test_reload_replaces_the_pair_in_one_step(self) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".pem") as file:
+            rotate(file.name, PKI.good)
+            identity = dotproxy.Identity(file.name)
+            before = identity.context
+            rotate(file.name, PKI.good2)
+            identity.reload()
+
+        self.assertIsNot(identity.context, before)
+
+    def test_file_that_goes_while_it_is_read_is_a_warning(self) -> None:
+        identity = dotproxy.Identity(PKI.good)
+        gone = mock.patch.object(
+            ssl.SSLContext, "load_cert_chain", side_effect=FileNotFoundError
+        )
+        with gone, self.assertLogs(dotproxy.logger, "WARNING") as logged:
+            identity.reload()
+
+        self.assertIn("cannot read the key", logged.output[0])
+
+    def test_bad_pair_is_a_warning_and_the_old_one_stays(self) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".pem") as file:
+            rotate(file.name, PKI.good)
+            identity = dotproxy.Identity(file.name)
+            before = identity.context
+            for source in (PKI.good_alone, PKI.ca, dotproxy.__file__):
+                rotate(file.name, source)
+                with self.assertLogs(dotproxy.logger, "WARNING") as logged:
+                    identity.reload()
+                with self.subTest(source):
+                    self.assertIs(identity.context, before)
+                    self.assertEqual(len(logged.output), 1)
+                    self.assertIn("certificate not replaced", logged.output[0])
+
+
 # ---- Host ----------------------------------------------------------------------------
 
 
@@ -6580,7 +7212,7 @@ except ZeroDivisionError:
 while not daemon.status().startswith("1 of 2 upstreams up"):
     time.sleep(0.01)
 daemon.log_state()
-daemon.flush()
+daemon.reload()
 daemon.close()
 print("imported:", sorted(set(sys.modules) - before))
 """
@@ -6763,6 +7395,21 @@ class InheritedSocketTest(DotproxyTestCase):
     ) -> contextlib.AbstractContextManager[Served]:
         """Serve on this socket alone."""
         return serving(inherited=[("", inherited)])
+
+    def test_inherited_stream_named_tls_is_for_encrypted_clients(self) -> None:
+        tls = listener(socket.SOCK_STREAM)
+        inherited = [("tls", tls), ("tls", listener(socket.SOCK_DGRAM))]
+        with serving(answer, ENCRYPTED[1], inherited=inherited) as served:
+            self.assertIs(served.tls.socket, tls)
+            with TLSClient(served.tls_address) as client:
+                client.send(query())
+                self.assertEqual(parse(client.receive()).rcode, 0)
+
+    def test_inherited_stream_named_tls_needs_a_certificate(self) -> None:
+        with self.assertRaises(dotproxy.ConfigError) as caught:
+            dotproxy.load_identity(configured(), passed=True)
+
+        self.assertIn("a socket named tls needs", str(caught.exception))
 
     def test_query_that_came_before_the_start_is_answered(self) -> None:
         udp = listener(socket.SOCK_DGRAM)
@@ -6972,6 +7619,9 @@ def configured(*arguments: str, **environment: str) -> dotproxy.Config:
 
 OPTIONS: list[tuple[str, str, object]] = [
     ("listen", "127.0.0.1:5300", (("127.0.0.1", 5300),)),
+    ("tls_listen", "127.0.0.1:8853", (("127.0.0.1", 8853),)),
+    ("tls_cert", "/etc/chain.pem", "/etc/chain.pem"),
+    ("tls_key", "/etc/key.pem", "/etc/key.pem"),
     ("upstream", "192.0.2.1#dot.test", (Endpoint("192.0.2.1", 853, "dot.test"),)),
     ("ca_file", "/etc/ca.pem", "/etc/ca.pem"),
     (
@@ -7076,6 +7726,22 @@ class ConfigTest(DotproxyTestCase):
         }.items():
             with self.subTest(text):
                 self.assertEqual(configured("--listen", text).listen, (address,))
+
+    def test_tls_listen_is_on_port_853_by_default(self) -> None:
+        for text, address in {
+            "192.0.2.1": ("192.0.2.1", 853),
+            "[::]": ("::", 853),
+            "192.0.2.1:8853": ("192.0.2.1", 8853),
+        }.items():
+            with self.subTest(text):
+                config = configured("--tls-listen", text)
+                self.assertEqual(config.tls_listen, (address,))
+
+    def test_list_of_encrypted_addresses_is_split_in_the_environment(self) -> None:
+        config = configured(TLS_LISTEN="192.0.2.1,192.0.2.2 192.0.2.1")
+
+        hosts = [host for host, _ in config.tls_listen]
+        self.assertEqual(hosts, ["192.0.2.1", "192.0.2.2"])
 
     def test_upstream_syntax(self) -> None:
         for text, endpoint in {
@@ -7229,6 +7895,12 @@ class ConfigTest(DotproxyTestCase):
             (["@/no/such/file"], ["/no/such/file"]),
             (["--ca-file=/no/such.pem"], ["/no/such.pem", "--ca-file"]),
             ([f"--ca-file={dotproxy.__file__}"], ["dotproxy.py", "no certificate"]),
+            (["--tls-listen=localhost"], ["'localhost'", "127.0.0.1:853"]),
+            (["--tls-listen=::1"], ["--tls-listen needs", "--tls-cert PEM"]),
+            (["--tls-cert=/a.pem"], ["--tls-cert", "give --tls-listen"]),
+            (["--tls-key=/a.pem"], ["--tls-key", "give --tls-listen"]),
+            (["--tls-listen=::1", "--tls-key=/a.pem"], ["--tls-cert PEM"]),
+            (["--tls-listen=::1", "--tls-cert=/no.pem"], ["/no.pem", "--tls-cert"]),
         ):
             with self.subTest(arguments=arguments):
                 line = self.error_line(*arguments)
@@ -7284,6 +7956,32 @@ class ConfigTest(DotproxyTestCase):
                 text = dotproxy.describe_bind_error(error, ("192.0.2.1", port))
                 for word in (*words, "--listen"):
                     self.assertIn(word, text)
+
+    def test_bind_error_of_encrypted_clients_names_their_option(self) -> None:
+        for number, words in (
+            (errno.EADDRINUSE, ["port 853", "DNS-over-TLS server", "192.0.2.1:8853"]),
+            (errno.EACCES, ["no permission for port 853", "root"]),
+            (errno.EADDRNOTAVAIL, ["no such address"]),
+        ):
+            error = OSError(number, os.strerror(number))
+            text = dotproxy.describe_bind_error(
+                error, ("192.0.2.1", 853), "--tls-listen"
+            )
+            for word in (*words, "--tls-listen"):
+                with self.subTest(number=number):
+                    self.assertIn(word, text)
+
+    def test_encrypted_port_taken_frees_the_others(self) -> None:
+        with socket.create_server((LOCALHOST, 0)) as holder, FakeUpstream() as upstream:
+            port = holder.getsockname()[1]
+            config = configure(
+                upstream, f"--tls-listen={LOCALHOST}:{port}", ENCRYPTED[1]
+            )
+            with self.assertRaises(dotproxy.ConfigError) as caught:
+                dotproxy.Daemon(config)
+
+        self.assertEqual(caught.exception.status, 1)
+        self.assertIn(f"port {port} is taken", str(caught.exception))
 
     def test_default_address_that_the_host_lacks_is_skipped(self) -> None:
         def lacking(*_: object) -> None:
@@ -7368,6 +8066,8 @@ class Program:
 
 
 class MainTest(DotproxyTestCase):
+    tls_port = 0
+
     def assert_no_surprise(self, program: Program, *words: str) -> None:
         """Check that each line of output has one of these words."""
         for line in program.output.splitlines():
@@ -7472,6 +8172,45 @@ class MainTest(DotproxyTestCase):
             line = program.line_with("ready")
 
         self.assertRegex(line, r" user=\w+ nofile=\d+ umask=077\n")
+
+    def test_sighup_reads_the_certificate_again_and_keeps_connections(self) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".pem") as file:
+            os.chmod(file.name, 0o644)  # root is nobody by the time it is read again
+            rotate(file.name, PKI.good)
+            options = "--tls-listen=127.0.0.1:0", f"--tls-cert={file.name}"
+            with (
+                FakeUpstream() as upstream,
+                Program.before(upstream, *options) as program,
+                TLSClient(self.tls_address(program)) as client,
+            ):
+                self.assert_shown(client, PKI.good)
+                for source, said, shown in (
+                    (PKI.good2, "certificate loaded", PKI.good2),
+                    (PKI.ca, "certificate not replaced", PKI.good2),
+                ):
+                    rotate(file.name, source)
+                    program.output = ""
+                    program.signal(signal.SIGHUP)
+                    program.line_with(said)
+                    with TLSClient(self.tls_address(program)) as other:
+                        self.assert_shown(other, shown)
+                    self.assert_shown(client, PKI.good)
+
+    def tls_address(self, program: Program) -> Address:
+        """Wait until it is ready, and return where it serves encrypted clients."""
+        if not self.tls_port:
+            found = re.search(r" tls=127.0.0.1:(\d+) up", program.line_with("ready"))
+            assert found is not None
+            self.tls_port = int(found[1])
+        return LOCALHOST, self.tls_port
+
+    def assert_shown(self, client: TLSClient, source: str) -> None:
+        """Check the certificate of a connection, and that it is answered."""
+        with open(source, encoding="ascii") as file:
+            pem = file.read().partition("-----BEGIN EC")[0]
+        self.assertEqual(client.certificate, ssl.PEM_cert_to_DER_cert(pem))
+        client.send(query())
+        self.assertEqual(parse(client.receive()).rcode, 0)
 
     def test_port_taken_is_one_line_and_status_1(self) -> None:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
