@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -1306,6 +1307,339 @@ HOST_CHECKS: dict[str, Callable[[Lab], None]] = {
 }
 
 
+# ---- Encrypted clients ---------------------------------------------------------------
+# DoT clients ask the proxy itself. Its certificate is a file of its own for each stage,
+# which can be replaced.
+
+SERVED_TLS_PORT = re.compile(rf" tls={re.escape(LOOPBACK)}:(\d+) ")
+TLS_KDIG = (
+    f"kdig @{LOOPBACK} -p PORT +retry=0 +tls +tls-ca=DIRECTORY/ca.pem"
+    f" +tls-hostname={TLS_NAME}"
+)
+
+
+class EncryptedProxy(Proxy):
+    """dotproxy with a certificate, and where it serves DoT."""
+
+    def __init__(self, lab: Lab, upstream_port: int) -> None:
+        self.pair = lab.new_directory("pair")
+        lab.directory.chmod(0o711)  # where it starts as root, it is nobody that reloads
+        self.pair.chmod(0o755)
+        self.show("good")
+        chain, key = str(self.pair / "chain.pem"), str(self.pair / "key.pem")
+        options = ("--tls-listen", f"{LOOPBACK}:0", "--tls-cert", chain)
+        super().__init__(lab, upstream_port, options=(*options, "--tls-key", key))
+        found = SERVED_TLS_PORT.search(self.process.output())
+        expect(found is not None, "no port for DoT in the log")
+        self.tls_port = int(found[1]) if found else 0
+
+    def __enter__(self) -> EncryptedProxy:
+        return self
+
+    def show(self, name: str, key: str = "") -> None:
+        """Put a certificate of the lab in place, with its key or with another."""
+        directory = self.pair.parent
+        self.put(directory / f"{name}.pem", directory / f"{key or name}.key")
+
+    def put(self, *sources: Path) -> None:
+        """Copy a chain and a key to where the proxy reads them."""
+        for source, name in zip(sources, ("chain.pem", "key.pem")):
+            shutil.copy(source, self.pair / name)
+            (self.pair / name).chmod(0o644)
+
+    def reload(self, said: str) -> None:
+        """Send SIGHUP and wait until the log says what came of it."""
+        before = self.process.output().count(said)
+        self.process.send(signal.SIGHUP)
+        self.process.wait_until(lambda: self.process.output().count(said) > before)
+
+
+@contextlib.contextmanager
+def encrypted_proxy(lab: Lab) -> Iterator[EncryptedProxy]:
+    make_certificate(lab.directory, "renewed", names=f"{GOOD_NAMES},DNS:renewed.test")
+    with Server(lab, "dnsdist") as server, EncryptedProxy(lab, server.port) as proxy:
+        yield proxy
+
+
+def ask_encrypted(proxy: EncryptedProxy, command: str) -> str:
+    words = command.replace("PORT", str(proxy.tls_port))
+    return run(*words.replace("DIRECTORY", str(proxy.lab.directory)).split())
+
+
+def check_encrypted(question: Ask, proxy: EncryptedProxy) -> None:
+    output = ask_encrypted(proxy, question.command)
+    for pattern in question.patterns:
+        expect_match(pattern, output)
+
+
+ENCRYPTED_ASKS = {
+    "kdig +tls": Ask(
+        f"{TLS_KDIG} +nopadding {HOST} A",
+        ["TLS session", "status: NOERROR", IPV4, r"Received [4-9]\d B"],
+    ),
+    "kdig +tls +padding: 468 octets, twice": Ask(
+        f"{TLS_KDIG} +padding {HOST} A {HOST} A",
+        [r"PADDING: \d+ B[\s\S]+Received 468 B[\s\S]+Received 468 B"],
+    ),
+    "kdig +tls +padding, 100 addresses: a multiple of 468": Ask(
+        f"{TLS_KDIG} +padding {MANY} A", [r"Received 1872 B"]
+    ),
+    "kdig +tls +keepopen, five names": Ask(
+        f"{TLS_KDIG} +keepopen +short {' '.join(LIST)}", [LIST_ADDRESSES]
+    ),
+    "kdig +tls +dnssec, large TXT": Ask(f"{TLS_KDIG} +dnssec {LARGE} TXT", STRINGS),
+    "kdig +tls NXDOMAIN": Ask(f"{TLS_KDIG} {MISSING} A", ["status: NXDOMAIN"]),
+}
+
+
+class StrictClient:
+    """What a phone does: verified TLS, many queries on it, a session to resume."""
+
+    def __init__(
+        self, proxy: EncryptedProxy, version: ssl.TLSVersion | None = None
+    ) -> None:
+        self._address = LOOPBACK, proxy.tls_port
+        authority = str(proxy.lab.directory / "ca.pem")
+        self._context = ssl.create_default_context(cafile=authority)
+        self._context.set_alpn_protocols(["dot"])
+        if version is not None:
+            self._context.minimum_version = self._context.maximum_version = version
+        self.connect()
+
+    def __enter__(self) -> StrictClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tls.close()
+
+    def connect(self, session: ssl.SSLSession | None = None) -> None:
+        raw = socket.create_connection(self._address, PATIENCE)
+        self.tls = self._context.wrap_socket(
+            raw, server_hostname=TLS_NAME, session=session
+        )
+
+    def reconnect(self) -> None:
+        """Close, connect again, and expect the session to be resumed."""
+        session = self.tls.session
+        self.tls.close()
+        self.connect(session)
+        expect(bool(self.tls.session_reused), "the session was not resumed")
+
+    def names(self) -> list[str]:
+        certificate = self.tls.getpeercert() or {}
+        return [str(pair[1]) for pair in certificate.get("subjectAltName", ())]
+
+    def ask(self, *numbers: int) -> None:
+        """Send queries in one write, and expect an answer to each."""
+        queries = {number: build_query(number) for number in numbers}
+        self.tls.sendall(
+            b"".join(struct.pack("!H", len(q)) + q for q in queries.values())
+        )
+        for _ in numbers:
+            message = self._read(int.from_bytes(self._read(2), "big"))
+            query = queries.pop(int.from_bytes(message[:2], "big"))
+            result = result_of(query, message)
+            expect(result == "right", result)
+
+    def _read(self, size: int) -> bytes:
+        octets = b""
+        while len(octets) < size:
+            chunk = self.tls.recv(size - len(octets))
+            expect(bool(chunk), "the proxy closed")
+            octets += chunk
+        return octets
+
+
+def check_phone(version: ssl.TLSVersion, proxy: EncryptedProxy) -> None:
+    with StrictClient(proxy, version) as client:
+        expect(client.tls.selected_alpn_protocol() == "dot", "no ALPN")
+        for start in range(0, 2000, 200):
+            client.ask(*range(start, start + 200))
+        time.sleep(3)
+        client.ask(1, 2, 3)
+        for number in range(5):
+            client.reconnect()
+            client.ask(number)
+
+
+def check_wrong_name_by_client(proxy: EncryptedProxy) -> None:
+    command = TLS_KDIG.replace(TLS_NAME, "other.test").replace("PORT", "%d")
+    words = (command % proxy.tls_port).replace("DIRECTORY", str(proxy.lab.directory))
+    result = subprocess.run(
+        [*words.split(), HOST], capture_output=True, text=True, timeout=CLIENT_SECONDS
+    )
+    expect(IPV4 not in result.stdout, result.stdout)
+
+
+def check_behind_another(proxy: EncryptedProxy) -> None:
+    with Proxy(proxy.lab, proxy.tls_port) as other:
+        for question in (f"{DIG} {HOST} A", f"{DIG} +tcp {HOST} A"):
+            expect_match(IPV4, ask(other, question))
+        with Load(other.port, rate=500, seconds=2) as load:
+            pass
+        outcomes = load.outcomes()
+        expect(all(o.result == "right" for o in outcomes), summary(outcomes))
+
+
+def check_encrypted_load(proxy: EncryptedProxy) -> None:
+    names = write_names(proxy.lab, 5000, "dot")
+    report = dnsperf(proxy.tls_port, names, "-n", "1", "-m", "dot", outstanding=100)
+    expect_match(r"Queries lost: +0 ", report)
+    expect_match(r"Response codes: +NOERROR 5000 \(100.00%\)\n", report)
+
+
+def s_client(proxy: EncryptedProxy, options: str, said: str = "") -> str:
+    """Run `openssl s_client`, type what is to be said, and return its output."""
+    command = f"openssl s_client -connect {LOOPBACK}:{proxy.tls_port} {options}"
+    process = subprocess.Popen(
+        command.split(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdin is not None
+    for line in ["", *said.splitlines()]:
+        process.stdin.write(f"{line}\n" if line else "")
+        process.stdin.flush()
+        time.sleep(0.3)
+    return process.communicate(timeout=CLIENT_SECONDS)[0]
+
+
+def check_old_client(proxy: EncryptedProxy) -> None:
+    output = s_client(proxy, "-tls1_1 -cipher ALL:@SECLEVEL=0")
+    expect_match("alert protocol version", output)
+
+
+def check_key_update(proxy: EncryptedProxy) -> None:
+    output = s_client(proxy, "-tls1_3 -msg", "K\nK\nK")
+    expect_match(r"<<< TLS 1.3, Handshake .*KeyUpdate", output)
+
+
+def check_renegotiation(proxy: EncryptedProxy) -> None:
+    expect_match("no renegotiation", s_client(proxy, "-tls1_2", "R"))
+
+
+def check_resumption(version: str, proxy: EncryptedProxy) -> None:
+    session = proxy.pair / f"session{version}"
+    s_client(proxy, f"{version} -sess_out {session}")
+    expect_match("Reused, TLS", s_client(proxy, f"{version} -sess_in {session}"))
+
+
+def check_garbage(proxy: EncryptedProxy) -> None:
+    """Strangers send 500 broken hellos, or none; clients notice nothing."""
+    noise = random.Random(1)
+    with contextlib.ExitStack() as stack, StrictClient(proxy) as client:
+        for number in range(500):
+            stranger = stack.enter_context(socket.socket())
+            stranger.connect((LOOPBACK, proxy.tls_port))
+            with contextlib.suppress(OSError):
+                stranger.sendall(noise.randbytes(noise.randrange(3000)))
+            client.ask(number)
+            if number % 10 == 0:
+                with StrictClient(proxy) as other:
+                    other.ask(number)
+
+
+def check_rotation(proxy: EncryptedProxy) -> None:
+    """The pair is replaced, then broken, while clients ask and connect."""
+    stop, troubles = threading.Event(), []
+
+    def go_on_asking(connect: bool) -> None:
+        try:
+            with StrictClient(proxy) as client:
+                for number in range(1 << 16):
+                    if stop.is_set():
+                        return
+                    if connect:
+                        client.tls.close()
+                        client.connect()
+                    client.ask(number)
+        except (OSError, CheckError) as error:
+            troubles.append(error)
+
+    threads = [threading.Thread(target=go_on_asking, args=(c,)) for c in (False, True)]
+    for thread in threads:
+        thread.start()
+    try:
+        for pair, said, renewed in (
+            (("renewed",), "certificate loaded", True),
+            (("good", "renewed"), "WARNING certificate not replaced", True),
+            (("good",), "certificate loaded", False),
+        ):
+            time.sleep(0.5)
+            proxy.show(*pair)
+            proxy.reload(said)
+            with StrictClient(proxy) as client:
+                client.ask(1)
+                shown = client.names()
+            expect(("renewed.test" in shown) == renewed, f"{pair}: {shown}")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    expect(not troubles, f"{troubles}")
+
+
+def check_activated_encrypted(proxy: EncryptedProxy) -> None:
+    """A socket named tls that systemd passes is for DoT clients."""
+    prefix = ["systemd-socket-activate", "-l", f"{LOOPBACK}:PORT", "--fdname=tls"]
+    if not shutil.which(prefix[0]):
+        raise Skipped(f"{prefix[0]} is not installed")
+    files = [str(proxy.pair / name) for name in ("chain.pem", "key.pem")]
+    other = Proxy(
+        *(proxy.lab, proxy.tls_port),
+        options=("--tls-cert", files[0], "--tls-key", files[1]),
+        prefix=prefix,
+        activated=True,
+    )
+    kdig = TLS_KDIG.replace("PORT", str(other.port))
+    with other:
+        output = ask_encrypted(proxy, f"{kdig} {HOST} A")
+        expect_match(IPV4, output)
+
+
+README_CERTIFICATE = re.compile(r"\$ openssl (req [^\\\n]*(?:\\\n[^\\\n]*)*)")
+
+
+def check_readme(proxy: EncryptedProxy) -> None:
+    """The certificate that README tells how to make is good for every client here."""
+    found = README_CERTIFICATE.search(
+        (proxy.lab.proxy.parent / "README.md").read_text()
+    )
+    expect(found is not None, "no recipe in README.md")
+    directory = proxy.lab.new_directory("readme")
+    openssl(directory, found[1].replace("\\\n", "") if found else "")
+    proxy.put(directory / "dns.pem", directory / "dns.key")
+    proxy.reload("names=dns.home.arpa")
+    kdig = TLS_KDIG.replace("DIRECTORY/ca.pem", str(directory / "dns.pem"))
+    kdig = kdig.replace(TLS_NAME, "dns.home.arpa")
+    expect_match(IPV4, ask_encrypted(proxy, f"{kdig} {HOST} A"))
+    name, options = "#dns.home.arpa", ("--ca-file", str(directory / "dns.pem"))
+    with Proxy(proxy.lab, proxy.tls_port, name=name, options=options) as other:
+        expect_match(IPV4, ask(other, f"{DIG} {HOST} A"))
+
+
+ENCRYPTED_CHECKS: dict[str, Callable[[EncryptedProxy], None]] = {
+    **{name: partial(check_encrypted, each) for name, each in ENCRYPTED_ASKS.items()},
+    "kdig +tls, wrong name: not asked": check_wrong_name_by_client,
+    "phone, TLS 1.2": partial(check_phone, ssl.TLSVersion.TLSv1_2),
+    "phone, TLS 1.3": partial(check_phone, ssl.TLSVersion.TLSv1_3),
+    "dotproxy before dotproxy": check_behind_another,
+    "dnsperf, 5,000 names over TLS": check_encrypted_load,
+    "openssl s_client, TLS 1.1: refused": check_old_client,
+    "openssl s_client, TLS 1.2: resumed": partial(check_resumption, "-tls1_2"),
+    "openssl s_client, TLS 1.3: resumed": partial(check_resumption, "-tls1_3"),
+    "openssl s_client, KeyUpdate: answered": check_key_update,
+    "openssl s_client, renegotiation: refused": check_renegotiation,
+    "500 broken hellos beside clients": check_garbage,
+    "certificate replaced and broken under load": check_rotation,
+    "socket from systemd-socket-activate": check_activated_encrypted,
+    "certificate made as README says": check_readme,
+    "SIGTERM: exit status 0, no traceback in the log": check_clean_end,
+}
+
+
 # ---- Bench ---------------------------------------------------------------------------
 # The proxy and unbound, one after the other, before the same dnsdist.
 
@@ -1424,9 +1758,10 @@ class Group(Generic[T]):
                     self.checks[name](subject)
 
 
-GROUPS: list[Group[Proxy] | Group[Lab] | Group[Horizon]] = [
+GROUPS: list[Group[Proxy] | Group[EncryptedProxy] | Group[Lab] | Group[Horizon]] = [
     *(Group(name, partial(proxy_before, name), CLIENT_CHECKS) for name in PROGRAMS),
     Group("load", proxy_far_from_server, LOAD_CHECKS),
+    Group("encrypted", encrypted_proxy, ENCRYPTED_CHECKS),
     Group("certificate", contextlib.nullcontext, CERTIFICATE_CHECKS),
     Group("outage", contextlib.nullcontext, OUTAGE_CHECKS),
     Group("split horizon", split_horizon, HORIZON_CHECKS),
