@@ -4260,6 +4260,84 @@ class Supervisor:
         self.tell("READY=1")
 
 
+# ---- Health check --------------------------------------------------------------------
+# Asks a running proxy as a client does. It builds nothing of the proxy and reads no CA
+# certificates, so that a container can afford it every few seconds.
+
+
+class Verdict(NamedTuple):
+    """What a health check found: a line, and whether it is good news."""
+
+    healthy: bool
+    line: str
+
+
+HEALTH_GRACE = 1.0  # s beyond the proxy's own time-out that its answer may take
+HEALTH_QUESTION = b"\0\0\2\0\1"  # . NS IN: every resolver has that at hand
+# An option of local use (RFC 6891 section 9), which resolvers ignore. The proxy caches
+# no answer to it: one that was cached days ago would say nothing of the upstreams.
+HEALTH_OPT = b"\0" + RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, 0, 4) + PAIR.pack(65432, 0)
+
+
+def extended_error(response: Response) -> str:
+    """Return the text of a response's Extended DNS Error, fit for a terminal."""
+    reason = (find_option(response.options, OPTION_EDE) or b"")[2:]
+    text = reason.decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def judge_health(response: Response, seconds: float) -> Verdict:
+    """Tell from its answer, and how long that took, how the proxy does."""
+    text = extended_error(response)
+    if response.rcode == Rcode.SERVFAIL:
+        return Verdict(False, f"upstream down: {text or 'SERVFAIL without a reason'}")
+    taken = f"answered in {seconds * 1000:.1f} ms"
+    if response.rcode == Rcode.REFUSED:
+        who = "the proxy's access list, or its upstream, refuses this check"
+        return Verdict(True, f"proxy up, upstream unknown: {text or who}; {taken}")
+    return Verdict(True, f"healthy: {taken}")
+
+
+def read_health(
+    asker: socket.socket, ident: bytes, deadline: float, clock: Callable[[], float]
+) -> Response:
+    """Return the first answer to the health check's own question; raises OSError."""
+    while True:
+        if (left := deadline - clock()) <= 0:
+            raise socket.timeout
+        asker.settimeout(left)
+        message = asker.recv(MAX_MESSAGE)
+        if message[:2] != ident or len(message) < MIN_MESSAGE or answerable(message):
+            continue
+        with contextlib.suppress(FormatError):
+            if message.startswith(HEALTH_QUESTION, 12):
+                return parse_response(message, 12 + len(HEALTH_QUESTION))
+            return parse_misfit(message)
+
+
+def check_health(
+    address: Address, patience: float, clock: Callable[[], float] = time.monotonic
+) -> Verdict:
+    """Ask the proxy that listens here, over UDP; blocks for so many seconds at most."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ident, start = os.urandom(2), clock()
+    query = ident + HEADER.pack(0, RD, 1, 0, 0, 1)[2:] + HEALTH_QUESTION + HEALTH_OPT
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as asker:
+            asker.connect((host, address[1]))
+            asker.send(query)
+            response = read_health(asker, ident, start + patience, clock)
+    except socket.timeout:
+        return Verdict(False, f"proxy down: no answer from {where} in {patience:g} s")
+    except ConnectionRefusedError:
+        return Verdict(False, f"proxy down: nothing listens on {where}")
+    except OSError as error:
+        return Verdict(False, f"proxy down: {where}: {error.strerror or error}")
+    return judge_health(response, clock() - start)
+
+
 # ---- Command line --------------------------------------------------------------------
 # Options become a Config, a Config becomes objects, and they run until a signal.
 
@@ -4302,9 +4380,12 @@ class Config:
     user: str | None = None  # then nobody, where it starts as root
     log_level: str = "info"
     listen_given: bool = False
+    healthcheck: bool = False
 
 
 LISTS = {"listen", "pin", "route", "tls_listen", "upstream"}  # may be given repeatedly
+# What is done instead of serving; not for the environment, which a server inherits.
+ERRANDS = {"healthcheck"}
 
 
 def split_port(text: str, port: int) -> tuple[str, int]:
@@ -4613,6 +4694,17 @@ def add_host_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_errand_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what can be done instead of serving."""
+    group.add_argument(
+        "--healthcheck",
+        action="store_const",
+        const=True,
+        help="ask the running proxy, and tell in a line whether it is healthy (status "
+        "0), or which of it and its upstream is down",
+    )
+
+
 def build_parser() -> Parser:
     """Describe the options; each stays None where it is not given."""
     parser = Parser(
@@ -4642,6 +4734,7 @@ def build_parser() -> Parser:
         help="debug, info, warning or error (default: info)",
     )
     group.add_argument("--version", action="version", version=f"dotproxy {__version__}")
+    add_errand_options(parser.add_argument_group("instead of serving"))
     return parser
 
 
@@ -4668,7 +4761,8 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     """
     parser = build_parser()
     given = vars(parser.parse_args(arguments))
-    for name in [name for name, value in given.items() if value is None]:
+    missing = {name for name, value in given.items() if value is None}
+    for name in sorted(missing - ERRANDS):
         text = environment.get(f"DOTPROXY_{name.upper()}", "")
         option = "--" + name.replace("_", "-")
         words = (
@@ -5011,12 +5105,25 @@ def run(config: Config) -> int:
     return 0
 
 
+def run_health_check(config: Config) -> int:
+    """Print how the running proxy does; return the exit status. Raises ConfigError."""
+    address = config.listen[0]
+    if not address[1]:
+        text = "--healthcheck cannot know the port: give --listen ADDR:PORT"
+        raise ConfigError(text, status=1)
+    verdict = check_health(address, config.timeout + HEALTH_GRACE)
+    print(verdict.line.encode("ascii", "backslashreplace").decode())
+    return 0 if verdict.healthy else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, 1 cannot run, 2 bad option."""
     try:
         config = parse_args(
             sys.argv[1:] if arguments is None else arguments, os.environ
         )
+        if config.healthcheck:
+            return run_health_check(config)
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             datefmt="%Y-%m-%dT%H:%M:%S%z",

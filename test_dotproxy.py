@@ -7608,6 +7608,149 @@ class LivenessTest(DotproxyTestCase):
             self.assertRegex(each, r"\ASTATUS=1 of 1 upstreams up, 0 queries in flight")
 
 
+# ---- Health check --------------------------------------------------------------------
+
+
+class Responder:
+    """A UDP server that answers its one query with what `reply` makes of it."""
+
+    def __init__(self, reply: Callable[[bytes], Iterable[bytes]]) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((LOCALHOST, 0))
+        self._socket.settimeout(5)
+        self._reply = reply
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.address: Address = self._socket.getsockname()
+        self.asked = b""
+
+    def __enter__(self) -> Responder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._socket.close()
+
+    def _run(self) -> None:
+        self.asked, client = self._socket.recvfrom(4096)
+        for message in self._reply(self.asked):
+            self._socket.sendto(message, client)
+
+
+def servfail(text: str) -> dotproxy.Response:
+    """Make a SERVFAIL response whose Extended DNS Error has this text."""
+    info = dotproxy.ExtendedError.NETWORK_ERROR
+    return dotproxy.error_response(Rcode.SERVFAIL, dotproxy.build_option(info, text))
+
+
+class HealthCheckTest(DotproxyTestCase):
+    def test_proxy_whose_upstream_answers_is_healthy(self) -> None:
+        with serving(answer) as served:
+            verdict = dotproxy.check_health(served.address, 5.0)
+
+        self.assertTrue(verdict.healthy)
+        self.assertRegex(verdict.line, r"\Ahealthy: answered in [\d.]+ ms\Z")
+
+    def test_answer_is_never_from_the_cache(self) -> None:
+        with serving(answer) as served:
+            for _ in range(3):
+                dotproxy.check_health(served.address, 5.0)
+
+            self.assertEqual(len(served.upstream.queries), 3)
+
+    def test_upstream_that_is_down_is_told_with_the_reason(self) -> None:
+        with serving(answer) as served:
+            served.upstream.stop()
+            verdict = dotproxy.check_health(served.address, 5.0)
+
+        self.assertFalse(verdict.healthy)
+        self.assertRegex(verdict.line, r"\Aupstream down: .* connection refused: ")
+
+    def test_port_without_a_proxy_is_a_proxy_that_is_down(self) -> None:
+        with socket.socket(type=socket.SOCK_DGRAM) as unused:
+            unused.bind((LOCALHOST, 0))
+            address = unused.getsockname()
+        verdict = dotproxy.check_health(address, 5.0)
+
+        where = f"127.0.0.1:{address[1]}"
+        self.assertEqual(verdict, (False, f"proxy down: nothing listens on {where}"))
+
+    def test_silence_is_a_proxy_that_is_down(self) -> None:
+        with socket.socket(type=socket.SOCK_DGRAM) as silent:
+            silent.bind((LOCALHOST, 0))
+            verdict = dotproxy.check_health(silent.getsockname(), 0.01)
+
+        self.assertFalse(verdict.healthy)
+        self.assertRegex(verdict.line, r"\Aproxy down: no answer from .* in 0.01 s")
+
+    def test_wildcard_address_is_asked_on_loopback(self) -> None:
+        for wildcard, host in (("0.0.0.0", "127.0.0.1:"), ("::", "[::1]:")):
+            with self.subTest(wildcard):
+                line = dotproxy.check_health((wildcard, 1), 5.0).line
+                self.assertIn(f" {host}1", line)
+
+    def test_answers_to_something_else_are_passed_over(self) -> None:
+        def reply(asked: bytes) -> list[bytes]:
+            good = asked[:2] + b"\x81\x80" + asked[4:]
+            other_id = bytes([asked[0] ^ 1]) + good[1:]
+            other_question = good[:12] + b"\1a\0\0\2\0\1" + good[17:]
+            return [b"", asked, other_id, other_question, good[:20], good]
+
+        with Responder(reply) as responder:
+            verdict = dotproxy.check_health(responder.address, 5.0)
+
+        self.assertTrue(verdict.healthy)
+
+    def test_query_is_well_formed_and_not_cachable(self) -> None:
+        def reply(asked: bytes) -> list[bytes]:
+            return [asked[:2] + b"\x81\x80" + asked[4:]]
+
+        with Responder(reply) as responder:
+            dotproxy.check_health(responder.address, 5.0)
+
+        asked = dotproxy.parse_query(responder.asked)
+        self.assertEqual((asked.question, asked.edns), (b"\0\0\2\0\1", True))
+        self.assertEqual(asked.cache_key, b"")
+
+    def test_flood_of_other_messages_does_not_outlast_the_patience(self) -> None:
+        clock = Clock()
+
+        class Flooded:
+            def settimeout(self, seconds: float) -> None:
+                clock.advance(1)
+
+            def recv(self, size: int) -> bytes:
+                return query()
+
+        with self.assertRaises(socket.timeout):
+            dotproxy.read_health(Flooded(), b"ab", clock() + 5, clock)  # type: ignore
+
+    def test_any_answer_but_servfail_is_healthy(self) -> None:
+        for rcode in (Rcode.NOERROR, Rcode.NXDOMAIN, Rcode.FORMERR, Rcode.NOTIMP):
+            with self.subTest(rcode=rcode):
+                verdict = dotproxy.judge_health(dotproxy.error_response(rcode), 0.0021)
+                self.assertEqual(verdict, (True, "healthy: answered in 2.1 ms"))
+
+    def test_refusal_says_that_nothing_is_known_of_the_upstream(self) -> None:
+        response = dotproxy.error_response(Rcode.REFUSED)
+        verdict = dotproxy.judge_health(response, 0.0)
+
+        self.assertTrue(verdict.healthy)
+        self.assertIn("upstream unknown: the proxy's access list", verdict.line)
+
+    def test_text_of_an_answer_cannot_drive_a_terminal(self) -> None:
+        verdict = dotproxy.judge_health(servfail("red \x1b[31m\nx"), 0.0)
+
+        self.assertEqual(verdict.line, "upstream down: red ?[31m?x")
+
+    def test_servfail_without_a_reason_is_told_as_such(self) -> None:
+        response = dotproxy.error_response(Rcode.SERVFAIL)
+        verdict = dotproxy.judge_health(response, 0.0)
+
+        self.assertFalse(verdict.healthy)
+        self.assertEqual(verdict.line, "upstream down: SERVFAIL without a reason")
+
+
 # ---- Command line --------------------------------------------------------------------
 
 
@@ -7648,7 +7791,7 @@ OPTIONS: list[tuple[str, str, object]] = [
 
 class ConfigTest(DotproxyTestCase):
     def test_table_here_has_every_option(self) -> None:
-        fields = set(vars(dotproxy.Config())) - {"listen_given"}
+        fields = set(vars(dotproxy.Config())) - {"listen_given"} - dotproxy.ERRANDS
 
         self.assertEqual({name for name, _, _ in OPTIONS}, fields)
 
@@ -7664,6 +7807,10 @@ class ConfigTest(DotproxyTestCase):
             with self.subTest(name):
                 config = configured(**{name.upper(): text})
                 self.assertEqual(getattr(config, name), value)
+
+    def test_errand_is_taken_from_the_command_line_alone(self) -> None:
+        self.assertTrue(configured("--healthcheck").healthcheck)
+        self.assertFalse(configured(HEALTHCHECK="1").healthcheck)
 
     def test_command_line_wins_over_the_environment(self) -> None:
         config = configured(
@@ -8212,6 +8359,20 @@ class MainTest(DotproxyTestCase):
         client.send(query())
         self.assertEqual(parse(client.receive()).rcode, 0)
 
+    def test_health_check_from_the_environment_alone(self) -> None:
+        with FakeUpstream() as upstream, Program.before(upstream) as program:
+            port = program.addresses()[0][1]
+            for listen, status in ((f"127.0.0.1:{port}", 0), ("127.0.0.1:0", 1)):
+                with self.subTest(listen=listen):
+                    environment = {**os.environ, "DOTPROXY_LISTEN": listen}
+                    command = [sys.executable, dotproxy.__file__, "--healthcheck"]
+                    result = subprocess.run(
+                        command, env=environment, capture_output=True, timeout=10
+                    )
+                    self.assertEqual(result.returncode, status)
+                    said = result.stdout + result.stderr
+                    self.assertEqual(said.count(b"\n"), 1)
+
     def test_port_taken_is_one_line_and_status_1(self) -> None:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             with self.subTest(kind=kind), socket.socket(type=kind) as holder:
@@ -8394,7 +8555,7 @@ def options_in_help() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for action in dotproxy.build_parser()._actions:
         if action.dest not in ("help", "version"):
-            name = f"{action.option_strings[-1]} {action.metavar}"
+            name = f"{action.option_strings[-1]} {action.metavar or ''}".rstrip()
             meaning, _, default = str(action.help).rstrip(")").partition(" (default: ")
             found.append((name, default, meaning))
     return found
