@@ -50,6 +50,8 @@ Threads
                   (a plain one, to the server of a routed domain, shakes no hands)
     timer         whatever has to happen later
 
+    doctor-*      --doctor alone: one per upstream; visit-* reads its connection
+
     All are started after a process that began as root has become another user: it has
     then bound every port, read every file and imported every module that it needs.
 
@@ -81,6 +83,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import collections
 import contextlib
 import copy
@@ -89,12 +92,14 @@ import enum
 import errno
 import functools
 import gc
+import glob
 import grp
 import hashlib
 import heapq
 import importlib
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import os
@@ -1129,24 +1134,67 @@ def take_der(octets: bytes, tag: int) -> tuple[bytes, bytes]:
     return octets[start:end], octets[end:]
 
 
+def certificate_fields(certificate: bytes) -> bytes:
+    """Return the fields of a DER certificate from its validity on (RFC 5280 4.1)."""
+    signed, _ = take_der(certificate, SEQUENCE)
+    fields, _ = take_der(signed, SEQUENCE)
+    if fields[:1] == bytes([EXPLICIT_0]):  # version, absent in version 1
+        _, fields = take_der(fields, EXPLICIT_0)
+    for tag in (INTEGER, SEQUENCE, SEQUENCE):  # serial number, algorithm, issuer
+        _, fields = take_der(fields, tag)
+    return fields
+
+
 def public_key_pin(certificate: bytes) -> str:
     """Return the SHA-256 of a DER certificate's public key, in base64 (RFC 7469).
 
     What is hashed is its SubjectPublicKeyInfo (RFC 5280 section 4.1), which stays the
     same when the certificate is renewed for the same key. Raises FormatError.
     """
-    signed, _ = take_der(certificate, SEQUENCE)
-    fields, _ = take_der(signed, SEQUENCE)
-    if fields[:1] == bytes([EXPLICIT_0]):  # version, absent in version 1
-        _, fields = take_der(fields, EXPLICIT_0)
-    for tag in (INTEGER, *[SEQUENCE] * 4):  # up to and with the subject
-        _, fields = take_der(fields, tag)
+    _, fields = take_der(certificate_fields(certificate), SEQUENCE)
+    _, fields = take_der(fields, SEQUENCE)  # the subject
     _, rest = take_der(fields, SEQUENCE)
     key = fields[: len(fields) - len(rest)]
     return base64.b64encode(hashlib.sha256(key).digest()).decode()
 
 
+UTC_TIME, GENERALIZED_TIME = 0x17, 0x18  # tags of DER, X.690
+TIME_FORMATS = {UTC_TIME: "%y%m%d%H%M%SZ", GENERALIZED_TIME: "%Y%m%d%H%M%SZ"}
+
+
+def certificate_dates(certificate: bytes) -> tuple[int, int]:
+    """Return from when until when it is valid, in s since 1970; raises FormatError."""
+    octets, _ = take_der(certificate_fields(certificate), SEQUENCE)
+    times = []
+    for _ in range(2):
+        tag = UTC_TIME if octets[:1] == bytes([UTC_TIME]) else GENERALIZED_TIME
+        text, octets = take_der(octets, tag)
+        try:
+            parsed = time.strptime(text.decode("latin-1"), TIME_FORMATS[tag])
+        except ValueError as error:
+            raise FormatError(f"no date: {error}") from error
+        times.append(calendar.timegm(parsed))
+    return times[0], times[1]
+
+
 TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+def names_of(tls: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
+    """Return the names in the certificate that a session's server has proved."""
+    names = (tls.getpeercert() or {}).get("subjectAltName", ())
+    return [str(pair[1]) for pair in names if isinstance(pair, tuple)]
+
+
+class Peer(NamedTuple):
+    """What a TLS session has agreed on, and the certificate that the server showed."""
+
+    version: str
+    cipher: str
+    alpn: str  # empty where the server has chosen none
+    resumed: bool
+    names: list[str]
+    certificate: bytes
 
 
 class Trust:
@@ -1199,9 +1247,7 @@ class Trust:
         context = self._build_context(authorities or None)
         context.check_hostname = False
         with context.wrap_socket(raw) as tls:
-            certificate = tls.getpeercert() or {}
-        names = certificate.get("subjectAltName", ())
-        return [str(pair[1]) for pair in names if isinstance(pair, tuple)]
+            return names_of(tls)
 
     def has_authorities(self) -> bool:
         """Tell whether there is any CA certificate to verify with."""
@@ -1434,6 +1480,20 @@ class TLSChannel:
         with self._lock:
             return self._tls.version() or "", bool(self._tls.session_reused)
 
+    def peer(self) -> Peer:
+        """Return all there is to know of the other end of an open session."""
+        with self._lock:
+            tls = self._tls
+            cipher, alpn = tls.cipher(), tls.selected_alpn_protocol()
+            return Peer(
+                tls.version() or "",
+                cipher[0] if cipher else "",
+                alpn or "",
+                bool(tls.session_reused),
+                names_of(tls),
+                tls.getpeercert(True) or b"",
+            )
+
 
 class PlainChannel:
     """What is in place of a TLSChannel where there is no TLS: octets pass as is."""
@@ -1456,6 +1516,9 @@ class PlainChannel:
     def facts(self) -> tuple[str, bool]:
         """Return what is logged of a TLS version and of resumption."""
         return "none", False
+
+    def peer(self) -> None:
+        """Return None: nothing is known of who answers."""
 
 
 Channel = Union[TLSChannel, PlainChannel]
@@ -1827,6 +1890,10 @@ class Connection:
     def facts(self) -> tuple[str, bool]:
         """Return the TLS version, and whether a session was resumed."""
         return self._channel.facts() if self._channel is not None else ("", False)
+
+    def peer(self) -> Peer | None:
+        """Return what TLS knows of the other end, once it is open."""
+        return self._channel.peer() if self._channel is not None else None
 
     def _run(self) -> None:
         error = UpstreamError("ended", "closed here")
@@ -4266,24 +4333,29 @@ class Supervisor:
 
 
 class Verdict(NamedTuple):
-    """What a health check found: a line, and whether it is good news."""
+    """What a health check found, in a line; `alive`: something answers at all."""
 
     healthy: bool
     line: str
+    alive: bool = True
 
 
 HEALTH_GRACE = 1.0  # s beyond the proxy's own time-out that its answer may take
-HEALTH_QUESTION = b"\0\0\2\0\1"  # . NS IN: every resolver has that at hand
+ROOT_QUESTION = b"\0\0\2\0\1"  # . NS IN: every resolver has that at hand
 # An option of local use (RFC 6891 section 9), which resolvers ignore. The proxy caches
 # no answer to it: one that was cached days ago would say nothing of the upstreams.
 HEALTH_OPT = b"\0" + RECORD.pack(TYPE_OPT, MAX_UDP_SIZE, 0, 4) + PAIR.pack(65432, 0)
 
 
-def extended_error(response: Response) -> str:
-    """Return the text of a response's Extended DNS Error, fit for a terminal."""
-    reason = (find_option(response.options, OPTION_EDE) or b"")[2:]
-    text = reason.decode("utf-8", "replace")
+def printable(text: str) -> str:
+    """Return a text from elsewhere as it may be written to a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def extended_error(response: Response) -> str:
+    """Return the text of a response's Extended DNS Error."""
+    reason = (find_option(response.options, OPTION_EDE) or b"")[2:]
+    return printable(reason.decode("utf-8", "replace"))
 
 
 def judge_health(response: Response, seconds: float) -> Verdict:
@@ -4310,8 +4382,8 @@ def read_health(
         if message[:2] != ident or len(message) < MIN_MESSAGE or answerable(message):
             continue
         with contextlib.suppress(FormatError):
-            if message.startswith(HEALTH_QUESTION, 12):
-                return parse_response(message, 12 + len(HEALTH_QUESTION))
+            if message.startswith(ROOT_QUESTION, 12):
+                return parse_response(message, 12 + len(ROOT_QUESTION))
             return parse_misfit(message)
 
 
@@ -4323,23 +4395,25 @@ def check_health(
     where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     ident, start = os.urandom(2), clock()
-    query = ident + HEADER.pack(0, RD, 1, 0, 0, 1)[2:] + HEALTH_QUESTION + HEALTH_OPT
+    query = ident + HEADER.pack(0, RD, 1, 0, 0, 1)[2:] + ROOT_QUESTION + HEALTH_OPT
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as asker:
             asker.connect((host, address[1]))
             asker.send(query)
             response = read_health(asker, ident, start + patience, clock)
     except socket.timeout:
-        return Verdict(False, f"proxy down: no answer from {where} in {patience:g} s")
+        line = f"no answer from {where} in {patience:g} s"
     except ConnectionRefusedError:
-        return Verdict(False, f"proxy down: nothing listens on {where}")
+        line = f"nothing listens on {where}"
     except OSError as error:
-        return Verdict(False, f"proxy down: {where}: {error.strerror or error}")
-    return judge_health(response, clock() - start)
+        line = f"{where}: {error.strerror or error}"
+    else:
+        return judge_health(response, clock() - start)
+    return Verdict(False, f"proxy down: {line}", alive=False)
 
 
 # ---- Command line --------------------------------------------------------------------
-# Options become a Config, a Config becomes objects, and they run until a signal.
+# Options become a Config, checked; addresses to listen on become servers.
 
 DEFAULT_PORT = 5353
 DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
@@ -4379,13 +4453,15 @@ class Config:
     max_tcp_per_client: int = 256
     user: str | None = None  # then nobody, where it starts as root
     log_level: str = "info"
+    log_format: str = "text"
     listen_given: bool = False
     healthcheck: bool = False
+    doctor: str | None = None
 
 
 LISTS = {"listen", "pin", "route", "tls_listen", "upstream"}  # may be given repeatedly
 # What is done instead of serving; not for the environment, which a server inherits.
-ERRANDS = {"healthcheck"}
+ERRANDS = {"healthcheck", "doctor"}
 
 
 def split_port(text: str, port: int) -> tuple[str, int]:
@@ -4703,6 +4779,16 @@ def add_errand_options(group: argparse._ArgumentGroup) -> None:
         help="ask the running proxy, and tell in a line whether it is healthy (status "
         "0), or which of it and its upstream is down",
     )
+    group.add_argument(
+        "--doctor",
+        nargs="?",
+        const="quick",
+        choices=("quick", "idle"),
+        metavar="idle",
+        help="check the whole set-up without starting it, this host and every "
+        "upstream, and tell how to mend what fails (status 1); idle: and how long "
+        "upstreams keep an idle connection, which takes a minute",
+    )
 
 
 def build_parser() -> Parser:
@@ -4732,6 +4818,12 @@ def build_parser() -> Parser:
         metavar="LEVEL",
         choices=("debug", "info", "warning", "error"),
         help="debug, info, warning or error (default: info)",
+    )
+    group.add_argument(
+        "--log-format",
+        metavar="FORMAT",
+        choices=("text", "json"),
+        help="text or json (default: text)",
     )
     group.add_argument("--version", action="version", version=f"dotproxy {__version__}")
     add_errand_options(parser.add_argument_group("instead of serving"))
@@ -4876,16 +4968,21 @@ def describe_servers(servers: Iterable[UDPServer | TCPServer]) -> str:
     return " ".join(dict.fromkeys(found))
 
 
+def count_descriptors(config: Config, listeners: int) -> int:
+    """Return how many descriptors may be in use beside those of TCP clients."""
+    groups = 1 + len({domain for domain, _ in config.route})
+    connections = Upstream.MAX_CONNECTIONS * len(config.upstream + config.route)
+    connections += Quarantine.MAX_ALONE * groups
+    return connections + listeners + DESCRIPTOR_RESERVE
+
+
 def fit_descriptors(config: Config, listeners: int) -> Config:
     """Raise the limit of descriptors; where it stays too low, allow fewer TCP clients.
 
     UDP and the upstreams always have theirs. A TCP client takes two at worst: one that
     has been accepted may wait for the thread of another that is being ended.
     """
-    groups = 1 + len({domain for domain, _ in config.route})
-    connections = Upstream.MAX_CONNECTIONS * len(config.upstream + config.route)
-    connections += Quarantine.MAX_ALONE * groups
-    others = connections + listeners + DESCRIPTOR_RESERVE
+    others = count_descriptors(config, listeners)
     wanted = others + 2 * config.max_tcp_clients
     limit = raise_descriptor_limit(wanted)
     if limit >= wanted:
@@ -4897,6 +4994,714 @@ def fit_descriptors(config: Config, listeners: int) -> Config:
         *(limit, clients, config.max_tcp_clients, wanted, wanted),
     )
     return dataclasses.replace(config, max_tcp_clients=clients)
+
+
+# ---- Doctor --------------------------------------------------------------------------
+# Looks at the set-up without starting it: at this host, and at every upstream over
+# connections as the proxy makes them, so that it says what the log would say.
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+RELEASED = 1_793_491_200  # 2026-11-01: a clock that is behind this is wrong
+EXPIRY_NOTICE = 14 * 86400  # s before the end of a certificate, to warn
+EXAMINERS = 32  # upstreams that are examined at once, a thread or two each
+
+
+class Finding(NamedTuple):
+    """What one check found, and how to mend it if that is not well."""
+
+    check: str
+    result: str
+    detail: str
+    cure: str = ""
+
+
+class Report(NamedTuple):
+    """All that was found out about this host or an upstream."""
+
+    subject: str
+    findings: list[Finding]
+
+
+def when(seconds: float) -> str:
+    """Return a time of day, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def socket_inodes(table: Iterable[str], address: Address) -> set[str]:
+    """Return the inodes of sockets that bar this address, from a table of /proc/net."""
+    wanted, found = ipaddress.ip_address(address[0]), set()
+    for line in itertools.islice(table, 1, None):
+        fields = line.split()
+        digits, _, port = fields[1].partition(":")
+        words = [digits[n : n + 8] for n in range(0, len(digits), 8)]
+        packed = b"".join(struct.pack("=I", int(word, 16)) for word in words)
+        host = ipaddress.ip_address(packed)
+        host = getattr(host, "ipv4_mapped", None) or host
+        same = host == wanted or host.is_unspecified or wanted.is_unspecified
+        listens = fields[3] in ("07", "0A")  # unconnected UDP, TCP LISTEN
+        if same and listens and int(port, 16) == address[1]:
+            found.add(fields[9])
+    return found
+
+
+def describe_process(pid: str) -> str:
+    """Return a process's name and number; raises OSError."""
+    with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+        words = [os.path.basename(word) for word in file.read().split("\0")]
+    if any(word.startswith("dotproxy") for word in words[:4]):
+        return f"dotproxy (pid {pid})"
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        return f"{file.read().strip()} (pid {pid})"
+
+
+def find_holders(address: Address, protocol: str) -> list[str]:
+    """Name who holds a port, "tcp" or "udp"; empty where that cannot be seen."""
+    inodes: set[str] = set()
+    for path in (f"/proc/net/{protocol}", f"/proc/net/{protocol}6"):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as table:
+            inodes |= socket_inodes(table, address)
+    links, holders = {f"socket:[{inode}]" for inode in inodes}, set()
+    for path in glob.iglob("/proc/[0-9]*/fd/*") if links else ():
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if os.readlink(path) in links:
+                holders.add(describe_process(path.split("/")[2]))
+    return sorted(holders)
+
+
+def try_to_bind(address: Address, kind: socket.SocketKind) -> OSError | None:
+    """Return why this address cannot be bound for TCP or UDP, if it cannot."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    try:
+        with socket.socket(family, kind) as listener:
+            set_v6_only(listener)
+            if kind == socket.SOCK_STREAM:  # as TCPServer does
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        return error
+    return None
+
+
+def examine_holder(
+    check: str, address: Address, holders: list[str], text: str
+) -> Finding:
+    """Tell whether it is a running dotproxy that holds the port."""
+    _, _, cure = text.partition("; ")
+    verdict = check_health(address, HEALTH_GRACE)
+    if any(holder.startswith("dotproxy") for holder in holders):
+        detail = f"held by {', '.join(holders)}, which runs; {verdict.line}"
+        return Finding(check, OK if verdict.healthy else WARN, detail)
+    if holders:
+        return Finding(check, FAIL, f"taken by {', '.join(holders)}", cure)
+    if verdict.alive:
+        detail = "taken, and DNS is answered there: by dotproxy, or by another server"
+        return Finding(check, WARN, detail, f"if it is not dotproxy, {cure}")
+    return Finding(check, FAIL, "taken by a program that cannot be seen", cure)
+
+
+def examine_address(address: Address, given: bool) -> Finding:
+    """Tell whether UDP and TCP can be served on an address."""
+    host, port = address
+    check = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    for protocol, kind in (("udp", socket.SOCK_DGRAM), ("tcp", socket.SOCK_STREAM)):
+        error = try_to_bind(address, kind)
+        if error is None:
+            continue
+        if not given and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            return Finding(check, OK, "not used: this host has no such address")
+        text = describe_bind_error(error, address)
+        if error.errno == errno.EADDRINUSE:
+            return examine_holder(check, address, find_holders(address, protocol), text)
+        detail, _, cure = text.partition(": ")[2].partition("; ")
+        return Finding(check, FAIL, detail, cure)
+    return Finding(check, OK, "free for UDP and TCP")
+
+
+def examine_tls_address(address: Address) -> Finding:
+    """Tell whether encrypted clients can be served on an address."""
+    host, port = address
+    check = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    error = try_to_bind(address, socket.SOCK_STREAM)
+    if error is None:
+        return Finding(check, OK, "free for TLS")
+    holders = find_holders(address, "tcp")
+    if any(holder.startswith("dotproxy") for holder in holders):
+        return Finding(check, OK, f"held by {', '.join(holders)}, which runs")
+    text = describe_bind_error(error, address, "--tls-listen")
+    detail, _, cure = text.partition(": ")[2].partition("; ")
+    return Finding(check, FAIL, ", ".join([detail, *holders]), cure)
+
+
+def examine_descriptors(config: Config, limit: int) -> Finding:
+    """Compare the limit of open files with what the bounds may come to."""
+    listeners = 2 * len(config.listen) + len(config.tls_listen)
+    needed = count_descriptors(config, listeners)
+    needed += 2 * config.max_tcp_clients
+    if limit == resource.RLIM_INFINITY:
+        return Finding("descriptors", OK, f"no limit; {needed} may be used")
+    if limit >= needed:
+        return Finding("descriptors", OK, f"{limit}, of which {needed} may be used")
+    cure = f"ulimit -n {needed}, LimitNOFILE={needed} in a systemd unit, or fewer "
+    detail = f"{limit}, but {needed} may be needed: there will be fewer TCP clients"
+    return Finding("descriptors", WARN, detail, f"{cure}--max-tcp-clients")
+
+
+def examine_user(wanted: str | None) -> Finding:
+    """Tell as whom the proxy would run if this user started it."""
+    try:
+        if os.geteuid():
+            check_current(wanted)
+            return Finding("user", OK, f"{os.geteuid()}, not root")
+        account = find_account(wanted or NOBODY)
+    except ConfigError as error:
+        detail, _, cure = str(error).partition(": ")
+        return Finding("user", FAIL, detail, cure)
+    if not account.uid:
+        cure = "leave out --user root: any other user would do"
+        return Finding("user", WARN, "root stays root", cure)
+    return Finding("user", OK, f"root becomes {account.name} ({account.uid})")
+
+
+def examine_clock(now: float, certificates: Sequence[tuple[int, int]]) -> Finding:
+    """Judge this host's clock by this program's age, and the certificates' dates."""
+    says, cure = f"it says {when(now)}", "set the clock of this host, by NTP if you can"
+    if now < RELEASED:
+        detail = f"{says}, which is before this program was made"
+        return Finding("clock", FAIL, detail, cure)
+    if certificates and not any(first <= now <= last for first, last in certificates):
+        first, last = certificates[0]
+        detail = f"{says}, when no upstream's certificate is valid; one is from "
+        return Finding("clock", WARN, f"{detail}{when(first)} to {when(last)}", cure)
+    agreed = ", within the dates of an upstream's certificate" if certificates else ""
+    return Finding("clock", OK, says + agreed)
+
+
+def examine_authorities(trust: Trust) -> Finding:
+    """Tell which CA certificates are trusted, and where they are from."""
+    paths, check = ssl.get_default_verify_paths(), "CA certificates"
+    if not trust.has_authorities():
+        file = os.environ.get(paths.openssl_cafile_env, paths.openssl_cafile)
+        directory = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
+        where = trust.ca_file or f"{file} or {directory}"
+        cure = "install ca-certificates, or give --ca-file PEM"
+        return Finding(check, FAIL, f"none in {where}", cure)
+    number = trust.context.cert_store_stats()["x509_ca"]
+    where = trust.ca_file or (paths.cafile if number else None) or str(paths.capath)
+    return Finding(check, OK, f"{number or 'as needed'} from {where}")
+
+
+def describe_host(config: Config) -> list[Finding]:
+    """Tell what runs where, and with what."""
+    listen, upstream = len(config.listen), len(config.upstream) + len(config.route)
+    options = f"valid; {listen} to listen on, {upstream} upstream"
+    system = f"{os.uname().sysname} {os.uname().release}"
+    python = f"Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}"
+    return [
+        Finding("options", OK, options),
+        Finding("program", OK, f"dotproxy {__version__}, {python}, {system}"),
+    ]
+
+
+class Visit(ConnectionOwner):
+    """A connection to an upstream for one thread, which waits for what comes."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        trust: Trust,
+        clock: Callable[[], float],
+        *,
+        patience: float,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        self.handshake = 0.0  # s that TLS took on top of connecting
+        self.sent: list[Exchange] = []  # what was asked last
+        self.lost_at = 0.0
+        self._clock = clock
+        # None where it opened. Bounded by what is asked.
+        self._arrived: queue.SimpleQueue[Answer | UpstreamError | None]
+        self._arrived = queue.SimpleQueue()
+        self.connection = Connection(
+            endpoint,
+            trust,
+            self,
+            label=f"visit-{endpoint.host}",
+            patience=(patience, patience),
+            session=session,
+            clock=clock,
+        )
+
+    def connection_opened(self, connection: Connection) -> None:
+        """Wake who waits."""
+        self._arrived.put(None)
+
+    def connection_answered(
+        self, connection: Connection, answers: list[Answer], now: float
+    ) -> None:
+        """Wake who waits."""
+        for answer in answers:
+            self._arrived.put(answer)
+
+    def connection_lost(
+        self, connection: Connection, error: UpstreamError, orphans: list[Exchange]
+    ) -> None:
+        """Wake who waits."""
+        self.lost_at = self._clock()
+        self._arrived.put(error)
+
+    def open(self) -> None:
+        """Connect and shake hands; raises UpstreamError."""
+        start = self._clock()
+        self.connection.start()
+        event = self._arrived.get()  # comes within the connection's patience
+        if isinstance(event, UpstreamError):
+            raise event
+        self.handshake = self._clock() - start - self.connection.round_trip
+
+    def ask(self, questions: Sequence[bytes], patience: float) -> list[Answer]:
+        """Send these at once, return the answers as they came; raises UpstreamError.
+
+        Some may be missing where the time is over.
+        """
+        answers: list[Answer] = []
+        start = self._clock()
+        self.sent = [
+            Exchange(Query(0, RD, question, MAX_MESSAGE), start, start + patience)
+            for question in questions
+        ]
+        if not self.connection.endpoint.name:  # in clear text, padding hides nothing
+            for exchange in self.sent:
+                exchange.wire = build_upstream_query(exchange.query, padded=False)
+        self.connection.send(self.sent, start)
+        with contextlib.suppress(queue.Empty):
+            while len(answers) < len(questions):
+                answers.append(self._next(start + patience))
+        if not answers:
+            raise UpstreamError("silence", f"no answer within {patience:.1f} s")
+        return answers
+
+    def wait_for_end(self, patience: float) -> float | None:
+        """Return after how long idle the server closed it, if it did."""
+        deadline = self._clock() + patience
+        try:
+            while True:
+                self._next(deadline)
+        except queue.Empty:
+            return None
+        except UpstreamError:
+            return self.lost_at - self.connection.active_at
+
+    def close(self) -> None:
+        """Close it; returns when its thread has ended."""
+        self.connection.close()
+        self.connection.join()
+
+    def _next(self, deadline: float) -> Answer:
+        """Wait for an answer; raises queue.Empty or UpstreamError."""
+        event = self._arrived.get(timeout=max(0.0, deadline - self._clock()))
+        assert event is not None  # it opened before anything was asked
+        if isinstance(event, UpstreamError):
+            raise event
+        return event
+
+
+# What to do about an upstream that fails, by the cause; certificates have their own.
+UPSTREAM_CURES = {
+    "timeout": "let TLS on TCP port {port} out through the firewall, or give another "
+    "--upstream",
+    "refused": "check the address and the port in --upstream",
+    "unreachable": "check the address in --upstream, and the routes of this host",
+    "resolve": "give the address itself: --upstream ADDRESS#{name}",
+    "tls": "check in --upstream that this port is for DNS over TLS",
+    "silence": "check that it is a DNS resolver, or give another --upstream",
+    "unwilling": "have its operator allow this host, or give another --upstream",
+}
+
+
+def cure_of(error: UpstreamError, endpoint: Endpoint) -> str:
+    """Return what to do about an upstream's failure."""
+    if error.cause == "certificate":  # its text ends with that
+        cure = str(error).rpartition(": ")[2].partition(" [")[0]
+        where = str(endpoint).partition("#")[0]
+        return cure.replace("HOST#NAME", f"{where}#NAME with such a name")
+    cure = UPSTREAM_CURES.get(error.cause, "try again, or give another --upstream")
+    return cure.format(port=endpoint.port, name=endpoint.name)
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time for people to read."""
+    return f"{seconds * 1000:.1f} ms"
+
+
+class Road(NamedTuple):
+    """How long it took to connect to an address, or why it could not be done."""
+
+    name: str
+    seconds: float
+    failure: UpstreamError | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.failure or milliseconds(self.seconds)}"
+
+
+def reach(
+    endpoint: Endpoint, patience: float, clock: Callable[[], float]
+) -> list[Road]:
+    """Connect to an address of each family there is; raises UpstreamError."""
+    try:
+        found = socket.getaddrinfo(*endpoint[:2], type=socket.SOCK_STREAM)
+    except OSError as error:
+        text = f"cannot look up the address: {error}"
+        raise UpstreamError("resolve", text) from None
+    roads = []
+    for family, address in {entry[0]: entry[4] for entry in reversed(found)}.items():
+        version = "IPv6" if family == socket.AF_INET6 else "IPv4"
+        failure, start = None, clock()
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as raw:
+                raw.settimeout(patience)
+                raw.connect(address)
+        except OSError as error:
+            failure = describe_network_error(error, endpoint)
+        roads.append(Road(f"{version} {address[0]}", clock() - start, failure))
+    return roads
+
+
+def fetch_certificate(endpoint: Endpoint, patience: float) -> bytes:
+    """Return the certificate that is shown, unverified; no query goes this way."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(socket.create_connection(endpoint[:2], patience))
+        tls = context.wrap_socket(raw, server_hostname=endpoint.name)
+        return stack.enter_context(tls).getpeercert(True) or b""
+
+
+def examine_peer(
+    peer: Peer, last: float, now: float, handshake: float
+) -> list[Finding]:
+    """Tell what was agreed on, for whom the certificate is, and how long it will do."""
+    taken = milliseconds(handshake)
+    names = ", ".join(peer.names[:8])
+    detail = f"for {names}; {int((last - now) // 86400)} days left, to {when(last)}"
+    result, cure = OK, ""
+    if last - now < EXPIRY_NOTICE:
+        result = WARN
+        cure = "have its operator renew it, or give another --upstream as well"
+    return [
+        Finding("handshake", OK, f"{peer.version}, {peer.cipher}, in {taken}"),
+        Finding("ALPN", OK, peer.alpn or "none chosen"),
+        Finding("certificate", result, detail, cure),
+        Finding("pin", OK, public_key_pin(peer.certificate)),
+    ]
+
+
+def examine_latency(seconds: Sequence[float], slow: float) -> Finding:
+    """Summarise how long answers took, one after the other."""
+    ordered = sorted(seconds)
+    median = ordered[len(ordered) // 2]
+    figures = " / ".join(map(milliseconds, (ordered[0], median, ordered[-1])))
+    detail = f"{figures} (least, median, most of {len(ordered)})"
+    if median > slow:
+        cure = "look for what is in the way, or give a nearer --upstream"
+        return Finding("latency", WARN, detail, cure)
+    return Finding("latency", OK, detail)
+
+
+def examine_options(responses: Sequence[Response]) -> list[Finding]:
+    """Tell what the OPT records of answers say: padding and the idle timeout."""
+    sizes = sorted({len(response.message) for response in responses})
+    padded = all(
+        find_option(response.upstream_options, OPTION_PADDING) is not None
+        for response in responses
+    )
+    told = keepalive_told(responses[-1])
+    padding = f"answers of {', '.join(map(str, sizes))} octets"
+    return [
+        Finding("padding", OK, padding if padded else f"none: {padding}"),
+        Finding("keepalive", OK, "not told" if told is None else f"{told:g} s"),
+    ]
+
+
+def as_routed(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings with cures for the server of a routed domain."""
+    return [
+        finding._replace(cure=finding.cure.replace("--upstream", "--route"))
+        for finding in findings
+    ]
+
+
+def examine_order(sent: Sequence[Exchange], answers: Sequence[Answer]) -> Finding:
+    """Tell whether answers overtook each other."""
+    came = [exchange for exchange, _, _ in answers]
+    kept = came == sent[: len(came)]
+    text = "no answer overtook another" if kept else "answers as they are ready"
+    return Finding("order", OK, text)
+
+
+def describe_refusal(response: Response, asked: str) -> str:
+    """Say how a response refuses to answer."""
+    text = f"answers {Rcode(response.rcode).name} to {asked}"
+    reason = extended_error(response)
+    return f"{text}: {reason}" if reason else text
+
+
+class Examination:
+    """Examines one upstream, or a server of a routed domain, in a thread of its own."""
+
+    TIME_LIMIT = 10.0  # s in all, beside the wait for an idle connection to close
+    STEP = 2.5  # s to connect, to shake hands, to answer
+    SAMPLES = 10  # queries one after the other, to see how fast it is
+    SAMPLE_TIME = 3.0  # s after which there are no more of them
+    SLOW = 0.5  # s for an answer that a resolver has at hand, to warn
+    BURST = 16  # queries at once, to see whether one overtakes another
+    IDLE_LIMIT = 65.0  # s to wait for an idle connection to close
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        trust: Trust,
+        *,
+        domain: str = "",
+        idle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.endpoint = endpoint
+        self.domain = domain  # that it is for, or empty
+        self.findings: list[Finding] = []
+        self.dates: tuple[int, int] | None = None  # of the certificate
+        self.failure: UpstreamError | None = None
+        self._trust = trust
+        self._idle = idle
+        self._clock = clock
+        self._wall = wall
+        self._deadline = math.inf
+        self._check = "connect"  # what is being looked at
+        soa = encode_domain(domain) + PAIR.pack(TYPE_SOA, 1) if domain else b""
+        self._question = soa or ROOT_QUESTION  # what a resolver has at hand
+        self._thread = threading.Thread(
+            target=self._run, name=f"doctor-{endpoint.host}", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start to examine it."""
+        self._deadline = self._clock() + self.TIME_LIMIT
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Tell whether it is under way."""
+        return self._thread.is_alive()
+
+    @property
+    def lacks_ipv6(self) -> bool:
+        """Tell whether it failed for want of an IPv6 network."""
+        unreachable = self.failure is not None and self.failure.cause == "unreachable"
+        return unreachable and ":" in self.endpoint.host
+
+    def report(self) -> Report:
+        """Wait for the end, if it comes in time, and return what was found."""
+        limit = self._deadline + (self.IDLE_LIMIT if self._idle else 0.0)
+        self._thread.join(max(0.0, limit - self._clock()) + 1.0)
+        findings = list(self.findings)
+        if self.running:
+            text = f"no end within {self.TIME_LIMIT:g} s"
+            findings.append(Finding(self._check, FAIL, text, "try again"))
+        if not self.domain:
+            return Report(str(self.endpoint), findings)
+        return Report(f"{self.endpoint} for {self.domain}", as_routed(findings))
+
+    def _run(self) -> None:
+        try:
+            self._look_at_network()
+            with self._visit("handshake") as visit:
+                self._look_at_peer(visit)
+                self._look_at_answers(visit)
+                self._look_at_another(visit.connection.session())
+                if self._idle:
+                    self._look_at_idle_life(visit)
+        except UpstreamError as error:
+            self._note_failure(error)
+        except Exception:
+            logger.exception("internal error: upstream=%s", self.endpoint)
+            self._note(self._check, FAIL, "internal error: see the log")
+
+    def _note(self, check: str, result: str, detail: str, *, cure: str = "") -> None:
+        self.findings.append(Finding(check, result, detail, cure))
+
+    def _note_failure(self, error: UpstreamError) -> None:
+        self.failure = error
+        shown = error.cause == "certificate"
+        check = "certificate" if shown else self._check
+        self._note(check, FAIL, str(error), cure=cure_of(error, self.endpoint))
+        if not shown:
+            return
+        with contextlib.suppress(OSError, FormatError):
+            certificate = fetch_certificate(self.endpoint, self._left(self.STEP))
+            self.dates = certificate_dates(certificate)
+            dates = " to ".join(map(when, self.dates))
+            pin = public_key_pin(certificate)
+            self._note("shown", WARN, f"valid from {dates}, pin {pin}; not trusted")
+
+    def _left(self, seconds: float) -> float:
+        """Return how long a step may take, of at most so many seconds."""
+        return max(0.1, min(seconds, self._deadline - self._clock()))
+
+    @contextlib.contextmanager
+    def _visit(
+        self, check: str, session: ssl.SSLSession | None = None
+    ) -> Iterator[Visit]:
+        self._check = check
+        patience = self._left(self.STEP)
+        visit = Visit(
+            self.endpoint, self._trust, self._clock, patience=patience, session=session
+        )
+        try:
+            visit.open()
+            yield visit
+        finally:
+            visit.close()
+
+    def _look_at_network(self) -> None:
+        roads = reach(self.endpoint, self._left(self.STEP), self._clock)
+        failures = [road.failure for road in roads if road.failure is not None]
+        if len(failures) == len(roads):
+            raise failures[0]
+        self._note("connect", WARN if failures else OK, "; ".join(map(str, roads)))
+
+    def _look_at_peer(self, visit: Visit) -> None:
+        peer = visit.connection.peer()
+        if peer is None:
+            self._note("handshake", OK, "none: plain DNS in clear text")
+            return
+        self.dates = certificate_dates(peer.certificate)
+        now = self._wall()
+        self.findings += examine_peer(peer, self.dates[1], now, visit.handshake)
+
+    def _look_at_answers(self, visit: Visit) -> None:
+        self._check = "answers"
+        answers: list[Answer] = []
+        end = self._clock() + self.SAMPLE_TIME
+        while len(answers) < self.SAMPLES and self._clock() < end:
+            answers += visit.ask([self._question], self._left(self.STEP))
+        seconds = [seconds for _, _, seconds in answers]
+        self.findings.append(examine_latency(seconds, self.SLOW))
+        responses = [response for _, response, _ in answers]
+        self.findings += examine_options(responses)
+        if responses[-1].rcode in FAILURE_RCODES:
+            asked = f"{self.domain} SOA" if self.domain else ". NS"
+            raise UpstreamError("unwilling", describe_refusal(responses[-1], asked))
+
+    def _look_at_another(self, session: ssl.SSLSession | None) -> None:
+        """Make a second connection: to resume the session, and ask much at once."""
+        with self._visit("resumption", session) as visit:
+            if (peer := visit.connection.peer()) is not None:
+                resumed = "resumed" if peer.resumed else "not resumed"
+                taken = milliseconds(visit.handshake)
+                self._note("resumption", OK, f"session {resumed}, handshake in {taken}")
+            self._check = "order"
+            # The first has to be looked for elsewhere; the others may overtake it.
+            name = f"{os.urandom(8).hex()}.{self.domain or 'example.com'}"
+            questions = [self._question] * self.BURST
+            questions[0] = encode_domain(name) + PAIR.pack(1, 1)  # A IN
+            answers = visit.ask(questions, self._left(self.STEP))
+        self.findings.append(examine_order(visit.sent, answers))
+
+    def _look_at_idle_life(self, visit: Visit) -> None:
+        self._check = "idle"
+        life = visit.wait_for_end(self.IDLE_LIMIT)
+        text = f"still open after {self.IDLE_LIMIT:g} s"
+        self._note("idle", OK, text if life is None else f"closed after {life:.1f} s")
+
+
+def examine_upstreams(examinations: Sequence[Examination]) -> list[Report]:
+    """Examine servers at once; IPv6 may be missing where others do without."""
+    reports: list[Report] = []
+    for first in range(0, len(examinations), EXAMINERS):
+        batch = examinations[first : first + EXAMINERS]
+        for examination in batch:
+            examination.start()
+        reports += [examination.report() for examination in batch]
+    served = {each.domain for each in examinations if each.failure is None}
+    for examination, report in zip(examinations, reports):
+        if examination.lacks_ipv6 and examination.domain in served:
+            last = report.findings.pop()
+            report.findings.append(last._replace(result=WARN, cure=""))
+    return reports
+
+
+def examine(
+    config: Config,
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+) -> list[Report]:
+    """Examine this host and every upstream; blocks for about ten seconds at most."""
+    host = describe_host(config)
+    host += [examine_address(address, config.listen_given) for address in config.listen]
+    host += [examine_tls_address(address) for address in config.tls_listen]
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # hard: it takes that
+    host += [examine_user(config.user), examine_descriptors(config, limit)]
+    examinations: list[Examination] = []
+    try:
+        trust = Trust(config.ca_file, pins=config.pin, tls_min=config.tls_min)
+        host.append(examine_authorities(trust))
+        idle = config.doctor == "idle"
+        servers = [("", endpoint) for endpoint in config.upstream]
+        examinations = [
+            Examination(
+                endpoint, trust, domain=domain, idle=idle, clock=clock, wall=wall
+            )
+            for domain, endpoint in [*servers, *config.route]
+        ]
+    except ConfigError as error:
+        detail, _, cure = str(error).partition("; ")
+        detail += ": upstreams are not examined"
+        host.append(Finding("CA certificates", FAIL, detail, cure))
+    reports = examine_upstreams(examinations)
+    dates = [each.dates for each in examinations if each.dates is not None]
+    host.append(examine_clock(wall(), dates))
+    return [Report("this host", host), *reports]
+
+
+def count_results(reports: Iterable[Report]) -> collections.Counter[str]:
+    """Count the findings by their result."""
+    return collections.Counter(
+        finding.result for report in reports for finding in report.findings
+    )
+
+
+def text_report(reports: Sequence[Report]) -> str:
+    """Write a table for people, and below it how to mend what fails."""
+    width = max(len(f.check) for report in reports for f in report.findings)
+    lines, cures = [], []
+    for subject, findings in reports:
+        lines.append(subject)
+        for check, result, detail, cure in findings:
+            lines.append(f"  {check:{width}}  {result:4}  {detail}")
+            if cure:
+                cures.append(f"  {subject}, {check}: {cure}")
+    counts = count_results(reports)
+    total = sum(counts.values())
+    summary = f"{total} checks: {counts[FAIL]} failed, {counts[WARN]} to note"
+    return "\n".join(map(printable, [*lines, "", summary, *cures]))
+
+
+def json_report(reports: Sequence[Report]) -> str:
+    """Write an object for machines."""
+    counts = count_results(reports)
+    checks = [
+        {"subject": subject, **finding._asdict()}
+        for subject, findings in reports
+        for finding in findings
+    ]
+    result = next(each for each in (FAIL, WARN, OK) if counts[each])
+    return json.dumps({"version": __version__, "result": result, "checks": checks})
+
+
+# ---- Running -------------------------------------------------------------------------
+# A Config becomes objects, and they run until a signal.
 
 
 class Daemon:
@@ -5116,6 +5921,15 @@ def run_health_check(config: Config) -> int:
     return 0 if verdict.healthy else 1
 
 
+def run_doctor(config: Config) -> int:
+    """Print what the doctor finds; return the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+    reports = examine(config)
+    text = json_report if config.log_format == "json" else text_report
+    print(text(reports).encode("ascii", "backslashreplace").decode())
+    return 1 if count_results(reports)[FAIL] else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, 1 cannot run, 2 bad option."""
     try:
@@ -5129,7 +5943,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             datefmt="%Y-%m-%dT%H:%M:%S%z",
             level=config.log_level.upper(),
         )
-        return run(config)
+        return run_doctor(config) if config.doctor else run(config)
     except ConfigError as error:
         print(f"dotproxy: {error}", file=sys.stderr)
         return error.status

@@ -30,6 +30,7 @@ import importlib
 import io
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import os
@@ -2312,6 +2313,48 @@ class Owner(dotproxy.ConnectionOwner):
     @property
     def answered(self) -> list[dotproxy.Exchange]:
         return [exchange for exchange, _, _ in self.answers]
+
+
+def der(pem_path: str) -> bytes:
+    """Return the first certificate of a file."""
+    with open(pem_path, encoding="ascii") as file:
+        text, end, _ = file.read().partition("-----END CERTIFICATE-----")
+    return ssl.PEM_cert_to_DER_cert(text + end)
+
+
+class CertificateTest(DotproxyTestCase):
+    def test_dates_in_both_notations(self) -> None:
+        for path, days in ((PKI.good, 29220), (PKI.expired, 31)):  # 80 years, a month
+            with self.subTest(path):
+                first, last = dotproxy.certificate_dates(der(path))
+                self.assertEqual(first, 1577836800)  # 2020-01-01
+                self.assertEqual(last - first, days * 86400)
+
+    def test_dates_that_cannot_be_read_are_a_format_error(self) -> None:
+        certificate = der(PKI.good)
+        for size in range(150):
+            with self.subTest(size=size), self.assertRaises(FormatError):
+                dotproxy.certificate_dates(certificate[:size])
+        with self.assertRaises(FormatError):
+            dotproxy.certificate_dates(certificate.replace(b"200101", b"209901"))
+
+    def test_peer_of_an_open_connection_is_told(self) -> None:
+        owner = Owner()
+        with FakeUpstream() as upstream:
+            endpoint = Endpoint(upstream.host, upstream.port, "dot.test")
+            trust = dotproxy.Trust(PKI.ca)
+            connection = Connection(endpoint, trust, owner, label="upstream")
+            connection.start()
+            self.assertTrue(owner.opened.wait(5))
+            peer = connection.peer()
+            connection.close()
+            connection.join()
+
+        assert peer is not None
+        self.assertEqual((peer.version, peer.alpn), ("TLSv1.3", "dot"))
+        self.assertEqual(peer.names, ["dot.test", "127.0.0.1", "0:0:0:0:0:0:0:1"])
+        self.assertEqual(peer.certificate, der(PKI.good))
+        self.assertFalse(peer.resumed)
 
 
 def asking(message: bytes) -> dotproxy.Exchange:
@@ -7663,8 +7706,9 @@ class HealthCheckTest(DotproxyTestCase):
             served.upstream.stop()
             verdict = dotproxy.check_health(served.address, 5.0)
 
+        reason = rf"\Aupstream down: 127.0.0.1:{served.upstream.port}#dot.test: .+"
         self.assertFalse(verdict.healthy)
-        self.assertRegex(verdict.line, r"\Aupstream down: .* connection refused: ")
+        self.assertRegex(verdict.line, reason)
 
     def test_port_without_a_proxy_is_a_proxy_that_is_down(self) -> None:
         with socket.socket(type=socket.SOCK_DGRAM) as unused:
@@ -7673,7 +7717,8 @@ class HealthCheckTest(DotproxyTestCase):
         verdict = dotproxy.check_health(address, 5.0)
 
         where = f"127.0.0.1:{address[1]}"
-        self.assertEqual(verdict, (False, f"proxy down: nothing listens on {where}"))
+        line = f"proxy down: nothing listens on {where}"
+        self.assertEqual(verdict, (False, line, False))
 
     def test_silence_is_a_proxy_that_is_down(self) -> None:
         with socket.socket(type=socket.SOCK_DGRAM) as silent:
@@ -7729,7 +7774,7 @@ class HealthCheckTest(DotproxyTestCase):
         for rcode in (Rcode.NOERROR, Rcode.NXDOMAIN, Rcode.FORMERR, Rcode.NOTIMP):
             with self.subTest(rcode=rcode):
                 verdict = dotproxy.judge_health(dotproxy.error_response(rcode), 0.0021)
-                self.assertEqual(verdict, (True, "healthy: answered in 2.1 ms"))
+                self.assertEqual(verdict, (True, "healthy: answered in 2.1 ms", True))
 
     def test_refusal_says_that_nothing_is_known_of_the_upstream(self) -> None:
         response = dotproxy.error_response(Rcode.REFUSED)
@@ -7786,6 +7831,7 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("cache_stale", "0", 0),
     ("user", "www-data", "www-data"),
     ("log_level", "debug", "debug"),
+    ("log_format", "json", "json"),
 ]
 
 
@@ -8144,6 +8190,545 @@ class ConfigTest(DotproxyTestCase):
         self.assertEqual(caught.exception.status, 1)
 
 
+# ---- Doctor --------------------------------------------------------------------------
+
+OK, WARN, FAIL = dotproxy.OK, dotproxy.WARN, dotproxy.FAIL
+DAY = 86400
+HOST_TABLE = """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt uid inode
+   0: {0}:14E9 00000000:0000 {1} 00000000:00000000 00:00000000 00000000 0 0 77 1 0
+"""
+
+
+class HostExaminationTest(DotproxyTestCase):
+    def test_clock_before_the_release_fails(self) -> None:
+        finding = dotproxy.examine_clock(dotproxy.RELEASED - 1, [])
+
+        self.assertEqual(finding.result, FAIL)
+        self.assertIn("2026-10-31 23:59 UTC, which is before", finding.detail)
+        self.assertIn("set the clock", finding.cure)
+
+    def test_clock_is_judged_by_the_certificates(self) -> None:
+        now = dotproxy.RELEASED + 30 * DAY
+        current, past = (now - DAY, now + DAY), (now - 9 * DAY, now - DAY)
+        for dates, result in (
+            ([], OK),
+            ([current], OK),
+            ([past, current], OK),
+            ([past], WARN),
+            ([(now + DAY, now + 9 * DAY), past], WARN),
+        ):
+            with self.subTest(dates=dates):
+                self.assertEqual(dotproxy.examine_clock(now, dates).result, result)
+
+    def test_few_descriptors_are_noted_with_the_number_needed(self) -> None:
+        options = ("--max-tcp-clients=100", "--upstream=192.0.2.1")
+        plain, routed = configured(*options), configured(*options, "--route=a=tcp://b")
+        # 100 clients twice, 4 connections, 16 of single queries, 2 addresses twice, 16
+        unlimited = resource.RLIM_INFINITY
+        for config, limit, needed, result in (
+            (plain, 240, 240, OK),
+            (plain, 239, 240, WARN),
+            (plain, unlimited, 240, OK),
+            (routed, 240, 260, WARN),
+        ):
+            with self.subTest(limit=limit, needed=needed):
+                finding = dotproxy.examine_descriptors(config, limit)
+                self.assertEqual(finding.result, result)
+                self.assertIn(f"{needed} ", finding.detail)
+
+    def test_user_that_the_proxy_would_run_as_is_told(self) -> None:
+        for uid, wanted, result, text in (
+            (0, None, OK, "root becomes nobody ("),
+            (0, "4711", OK, "root becomes 4711 (4711)"),
+            (0, "root", WARN, "root stays root"),
+            (0, "no-such-user", FAIL, "there is no user or group 'no-such-user'"),
+            (4711, None, OK, "4711, not root"),
+            (4711, "4712", FAIL, "only root can become user 4712"),
+        ):
+            with self.subTest(uid=uid, wanted=wanted):
+                with mock.patch.object(os, "geteuid", return_value=uid):
+                    finding = dotproxy.examine_user(wanted)
+                self.assertEqual(finding.result, result)
+                self.assertIn(text, finding.detail)
+                self.assertEqual(bool(finding.cure), result != OK)
+
+    def test_authorities_are_counted_with_where_they_are_from(self) -> None:
+        finding = dotproxy.examine_authorities(dotproxy.Trust(PKI.ca))
+
+        self.assertEqual(finding[1:3], (OK, f"1 from {PKI.ca}"))
+
+    def test_missing_authorities_fail(self) -> None:
+        nothing = {"SSL_CERT_FILE": "/nonexistent/a", "SSL_CERT_DIR": "/nonexistent/b"}
+        with mock.patch.dict(os.environ, nothing):
+            finding = dotproxy.examine_authorities(dotproxy.Trust())
+
+        self.assertEqual(finding.result, FAIL)
+        self.assertIn("none in /nonexistent/a or /nonexistent/b", finding.detail)
+        self.assertIn("install ca-certificates", finding.cure)
+
+    def test_free_address_is_free(self) -> None:
+        finding = dotproxy.examine_address((LOCALHOST, 0), given=True)
+
+        self.assertEqual(finding[1:3], (OK, "free for UDP and TCP"))
+
+    def test_address_that_the_host_does_not_have(self) -> None:
+        for given, result in ((True, FAIL), (False, OK)):
+            with self.subTest(given=given):
+                finding = dotproxy.examine_address(("192.0.2.1", 5353), given)
+                self.assertEqual(finding.result, result)
+                self.assertIn("this host has no such address", finding.detail)
+
+    @unittest.skipUnless(sys.platform == "linux", "needs /proc")
+    def test_holder_of_a_port_is_named(self) -> None:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with self.subTest(kind=kind), socket.socket(type=kind) as holder:
+                holder.bind((LOCALHOST, 0))
+                if kind == socket.SOCK_STREAM:
+                    holder.listen()
+                finding = dotproxy.examine_address(holder.getsockname(), given=True)
+                self.assertEqual(finding.result, FAIL)
+                self.assertIn(f"(pid {os.getpid()})", finding.detail)
+                self.assertIn("choose another port with --listen", finding.cure)
+
+    def test_address_for_encrypted_clients_is_examined(self) -> None:
+        with socket.create_server((LOCALHOST, 0)) as holder:
+            address = holder.getsockname()
+            taken = dotproxy.examine_tls_address(address)
+            ours = mock.patch.object(dotproxy, "find_holders", lambda *_: ["dotproxy"])
+            with ours:
+                running = dotproxy.examine_tls_address(address)
+        free = dotproxy.examine_tls_address(address)
+
+        results = [finding.result for finding in (taken, running, free)]
+        self.assertEqual(results, [FAIL, OK, OK])
+        self.assertIn("--tls-listen", taken.cure)
+
+    def test_port_that_a_running_dotproxy_holds_is_well(self) -> None:
+        with serving(answer) as served:
+            finding = dotproxy.examine_holder(
+                "port", served.address, ["dotproxy (pid 7)"], "taken; stop it"
+            )
+
+        self.assertEqual((finding.result, finding.cure), (OK, ""))
+        self.assertIn("held by dotproxy (pid 7), which runs; healthy", finding.detail)
+
+    def test_holder_that_cannot_be_seen_is_asked_for_dns(self) -> None:
+        with serving(answer) as served:
+            here = dotproxy.examine_holder("port", served.address, [], "taken; stop it")
+        gone = dotproxy.examine_holder("port", served.address, [], "taken; stop it")
+
+        self.assertEqual((here.result, gone.result), (WARN, FAIL))
+        self.assertEqual(here.cure, "if it is not dotproxy, stop it")
+
+    def test_sockets_that_bar_an_address_are_found(self) -> None:
+        def hexadecimal(address: str) -> str:
+            packed = ipaddress.ip_address(address).packed
+            words = struct.unpack(f"={len(packed) // 4}I", packed)
+            return "".join(f"{word:08X}" for word in words)
+
+        wanted = "192.0.2.1"
+        for host, state, bars in (
+            ("192.0.2.1", "07", True),
+            ("192.0.2.1", "0A", True),
+            ("192.0.2.1", "01", False),
+            ("192.0.2.2", "07", False),
+            ("0.0.0.0", "07", True),
+            ("::", "07", True),
+            ("::ffff:192.0.2.1", "07", True),
+            ("2001:db8::1", "07", False),
+        ):
+            with self.subTest(host=host, state=state):
+                table = HOST_TABLE.format(hexadecimal(host), state).splitlines()
+                found = dotproxy.socket_inodes(table, (wanted, 5353))
+                self.assertEqual(found, {"77"} if bars else set())
+                self.assertFalse(dotproxy.socket_inodes(table, (wanted, 5354)))
+
+
+def servfail_with_reason(message: Message, _: FakeConnection) -> Reply:
+    """Answer SERVFAIL with an Extended DNS Error."""
+    return response(message.raw, rcode=2, options=option(EDE, b"\0\x17for a reason"))
+
+
+class ExaminationTest(DotproxyTestCase):
+    def examine(
+        self, where: FakeUpstream | Endpoint, *, idle: bool = False
+    ) -> dict[str, dotproxy.Finding]:
+        """Examine an upstream; return the findings by their check."""
+        if isinstance(where, FakeUpstream):
+            where = Endpoint(where.host, where.port, "dot.test")
+        trust = dotproxy.Trust(PKI.ca)
+        self.examination = dotproxy.Examination(where, trust, idle=idle)
+        (report,) = dotproxy.examine_upstreams([self.examination])
+        self.assertEqual(report.subject, str(where))
+        return {finding.check: finding for finding in report.findings}
+
+    def impatient(self, **limits: float) -> None:
+        """Set limits of examinations for this test."""
+        for name, seconds in limits.items():
+            patch = mock.patch.object(dotproxy.Examination, name, seconds)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_good_upstream_is_described(self) -> None:
+        with FakeUpstream() as upstream:
+            found = self.examine(upstream)
+
+        self.assertEqual({f.result for f in found.values()}, {OK})
+        for check, text in {
+            "connect": "IPv4 127.0.0.1: ",
+            "handshake": "TLSv1.3, TLS_AES_",
+            "ALPN": "dot",
+            "certificate": "for dot.test, 127.0.0.1, 0:0:0:0:0:0:0:1; ",
+            "pin": GOOD_PIN,
+            "latency": "(least, median, most of 10)",
+            "padding": "none: answers of 43 octets",
+            "keepalive": "not told",
+            "resumption": "session resumed, handshake in ",
+            "order": "no answer overtook another",
+        }.items():
+            with self.subTest(check):
+                self.assertIn(text, found.pop(check).detail)
+        self.assertEqual(found, {})
+
+    def test_unverified_upstream_fails_and_sees_no_query(self) -> None:
+        for certificate, text, cure in (
+            (PKI.wrong_name, "for other.test, alias.other.test, not for", "#NAME with"),
+            (PKI.expired, "certificate expired", "renew it there"),
+            (PKI.unknown_ca, "from an unknown CA", "--ca-file"),
+        ):
+            with self.subTest(text), FakeUpstream(certificate=certificate) as upstream:
+                found = self.examine(upstream)
+                self.assertEqual(list(found), ["connect", "certificate", "shown"])
+                self.assertEqual(found["certificate"].result, FAIL)
+                self.assertIn(text, found["certificate"].detail)
+                self.assertIn(cure, found["certificate"].cure)
+                self.assertIn("valid from 2020-01-01 00:00", found["shown"].detail)
+                self.assertIn(GOOD_PIN, found["shown"].detail)
+                self.assertEqual(upstream.queries, [])
+                self.assertIsNotNone(self.examination.dates)
+
+    def test_refused_connection_fails(self) -> None:
+        with FakeUpstream() as upstream:
+            pass
+        found = self.examine(upstream)
+
+        self.assertEqual(list(found), ["connect"])
+        self.assertIn("connection refused", found["connect"].detail)
+        self.assertIn("the port in --upstream", found["connect"].cure)
+
+    def test_server_that_does_not_shake_hands_fails(self) -> None:
+        self.impatient(STEP=0.1)
+        for behaviour, text in (("hang", "no end of"), ("garbage", "TLS handshake")):
+            with self.subTest(behaviour), FakeUpstream(on_accept=behaviour) as upstream:
+                finding = self.examine(upstream)["handshake"]
+                self.assertEqual(finding.result, FAIL)
+                self.assertIn(text, finding.detail)
+                self.assertTrue(finding.cure)
+
+    def test_upstream_without_answers_fails(self) -> None:
+        self.impatient(STEP=0.2)
+        for script, text in (
+            (silence, "no answer within 0.2 s"),
+            (close, "closed by the server"),
+            (servfail_with_reason, "answers SERVFAIL to . NS: for a reason"),
+        ):
+            with self.subTest(text), FakeUpstream(script) as upstream:
+                finding = self.examine(upstream)["answers"]
+                self.assertEqual((finding.result, finding.detail), (FAIL, text))
+                self.assertTrue(finding.cure)
+
+    def test_answers_out_of_order_are_noticed(self) -> None:
+        late: list[Message] = []
+
+        def script(message: Message, connection: FakeConnection) -> Reply:
+            if message.qname.endswith("example.com"):
+                late.append(message)
+                return None
+            own = response(message.raw)
+            connection.send(own, *[response(each.raw) for each in late])
+            late.clear()
+            return None
+
+        with FakeUpstream(script) as upstream:
+            found = self.examine(upstream)
+
+        self.assertEqual(found["order"].detail, "answers as they are ready")
+
+    def test_answer_that_never_comes_was_overtaken(self) -> None:
+        self.impatient(STEP=0.3)
+
+        def script(message: Message, connection: FakeConnection) -> Reply:
+            late = message.qname.endswith("example.com")
+            return None if late else response(message.raw)
+
+        with FakeUpstream(script) as upstream:
+            found = self.examine(upstream)
+
+        self.assertEqual(found["order"][1:3], (OK, "answers as they are ready"))
+
+    def test_padding_and_keepalive_are_told(self) -> None:
+        padding = option(PADDING, bytes(468 - 17 - 11 - 6 - 4))
+        options = option(KEEPALIVE, b"\0\x64") + padding
+
+        def script(message: Message, connection: FakeConnection) -> Reply:
+            return response(message.raw, options=options)
+
+        with FakeUpstream(script) as upstream:
+            found = self.examine(upstream)
+
+        self.assertEqual(found["keepalive"].detail, "10 s")
+        self.assertIn("answers of 468 octets", found["padding"].detail)
+        self.assertNotIn("none", found["padding"].detail)
+
+    def test_idle_life_is_measured(self) -> None:
+        self.impatient(IDLE_LIMIT=5.0)
+        with FakeUpstream(idle_timeout=0.3) as upstream:
+            found = self.examine(upstream, idle=True)
+
+        self.assertRegex(found["idle"].detail, r"\Aclosed after 0\.[34] s\Z")
+
+    def test_connection_that_stays_open_is_told(self) -> None:
+        self.impatient(IDLE_LIMIT=0.1)
+        with FakeUpstream() as upstream:
+            found = self.examine(upstream, idle=True)
+
+        self.assertEqual(found["idle"].detail, "still open after 0.1 s")
+
+    def test_other_key_than_was_pinned_fails(self) -> None:
+        trust = dotproxy.Trust(PKI.ca, pins=[("dot.test", GOOD2_PIN)])
+        with FakeUpstream() as upstream:
+            endpoint = Endpoint(upstream.host, upstream.port, "dot.test")
+            patient = dotproxy.Examination(endpoint, trust)
+            (report,) = dotproxy.examine_upstreams([patient])
+
+        _, failed, shown = report.findings
+        self.assertEqual((failed.check, failed.result), ("certificate", FAIL))
+        self.assertIn(f"give --pin dot.test={GOOD_PIN}", failed.cure)
+        self.assertIn(f"pin {GOOD_PIN}; not trusted", shown.detail)
+        self.assertEqual(upstream.queries, [])
+
+    def test_plain_server_of_a_domain_is_asked_for_that_alone(self) -> None:
+        with FakeUpstream(on_accept="plain") as server:
+            endpoint = Endpoint(server.host, server.port, "")
+            patient = dotproxy.Examination(
+                endpoint, dotproxy.Trust(PKI.ca), domain="corp.example"
+            )
+            (report,) = dotproxy.examine_upstreams([patient])
+
+        self.assertEqual(report.subject, f"{endpoint} for corp.example")
+        self.assertEqual({finding.result for finding in report.findings}, {OK})
+        found = {finding.check: finding.detail for finding in report.findings}
+        self.assertEqual(found["handshake"], "none: plain DNS in clear text")
+        self.assertFalse({"resumption", "pin", "certificate"} & set(found))
+        names = {message.qname for message in server.queries}
+        self.assertEqual({name[-12:] for name in names}, {"corp.example"})
+        sizes = {len(message.raw) for message in server.queries}
+        self.assertEqual(max(sizes), 12 + 17 + 18 + 11 + 4)  # nothing is padded
+
+    def test_cure_for_a_server_of_a_domain_is_another_route(self) -> None:
+        with FakeUpstream() as server:
+            endpoint = Endpoint(server.host, server.port, "dot.test")
+        patient = dotproxy.Examination(
+            endpoint, dotproxy.Trust(PKI.ca), domain="corp.example"
+        )
+        (report,) = dotproxy.examine_upstreams([patient])
+
+        cure = "check the address and the port in --route"
+        self.assertEqual(report.findings[-1].cure, cure)
+
+    def test_samples_end_with_their_time(self) -> None:
+        self.impatient(SAMPLE_TIME=0.0001)
+        with FakeUpstream() as upstream:
+            found = self.examine(upstream)
+
+        self.assertIn("most of 1)", found["latency"].detail)
+
+    def test_name_without_an_address_fails(self) -> None:
+        lookup = mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror)
+        with lookup:
+            found = self.examine(Endpoint("dns.example", 853, "dns.example"))
+
+        self.assertIn("cannot look up the address", found["connect"].detail)
+        self.assertIn("--upstream ADDRESS#dns.example", found["connect"].cure)
+
+    def test_one_family_out_of_reach_is_noted(self) -> None:
+        error = UpstreamError("unreachable", "no route")
+        roads = [
+            dotproxy.Road("IPv4 127.0.0.1", 0.001),
+            dotproxy.Road("IPv6 2001:db8::1", 0.0, error),
+        ]
+        reach = mock.patch.object(dotproxy, "reach", return_value=roads)
+        with FakeUpstream() as upstream, reach:
+            finding = self.examine(upstream)["connect"]
+
+        text = "IPv4 127.0.0.1: 1.0 ms; IPv6 2001:db8::1: no route"
+        self.assertEqual(finding[1:3], (WARN, text))
+
+    def test_each_family_is_connected_to(self) -> None:
+        with FakeUpstream() as upstream:
+            for host in (LOCALHOST, LOCALHOST_V6):
+                endpoint = Endpoint(host, upstream.port, "dot.test")
+                (road,) = dotproxy.reach(endpoint, 1.0, time.monotonic)
+                self.assertIn(host, road.name)
+                failed = road.failure.cause if road.failure else None
+                self.assertEqual(failed, None if host == LOCALHOST else "refused")
+
+    def test_missing_ipv6_is_excused_where_another_upstream_answers(self) -> None:
+        def reach(endpoint: Endpoint, *_: object) -> list[dotproxy.Road]:
+            error = UpstreamError("unreachable", f"no route to {endpoint.host}")
+            local = endpoint.host == LOCALHOST
+            return [dotproxy.Road(endpoint.host, 0.0, None if local else error)]
+
+        trust = dotproxy.Trust(PKI.ca)
+        with FakeUpstream() as upstream, mock.patch.object(dotproxy, "reach", reach):
+            v4 = Endpoint(LOCALHOST, upstream.port, "dot.test")
+            hosts = ("2001:db8::1", "192.0.2.1")
+            others = [Endpoint(host, 853, "dot.test") for host in hosts]
+            for endpoints, results in (
+                ([v4, *others], [OK, WARN, FAIL]),
+                (others, [FAIL, FAIL]),
+            ):
+                patients = [dotproxy.Examination(each, trust) for each in endpoints]
+                reports = dotproxy.examine_upstreams(patients)
+                found = [report.findings[-1].result for report in reports]
+                self.assertEqual(found, results)
+            routed = dotproxy.Examination(others[0], trust, domain="corp.example")
+            reports = dotproxy.examine_upstreams(
+                [dotproxy.Examination(v4, trust), routed]
+            )
+            self.assertEqual(reports[1].findings[-1].result, FAIL)
+
+    def test_examination_that_hangs_is_given_up(self) -> None:
+        self.impatient(TIME_LIMIT=-0.9)  # a second more is allowed for
+        go_on = threading.Event()
+
+        def reach(*_: object) -> list[dotproxy.Road]:
+            go_on.wait(5)
+            raise UpstreamError("resolve", "too late")
+
+        with mock.patch.object(dotproxy, "reach", reach):
+            found = self.examine(Endpoint("192.0.2.1", 853, "dot.test"))
+            go_on.set()
+            wait_until(lambda: not self.examination.running)
+
+        self.assertEqual(found["connect"].result, FAIL)
+        self.assertIn("no end within", found["connect"].detail)
+
+    def test_upstreams_beyond_the_bound_take_their_turn(self) -> None:
+        trust = dotproxy.Trust(PKI.ca)
+        running: list[int] = []
+        patients: list[dotproxy.Examination] = []
+
+        def reach(*_: object) -> list[dotproxy.Road]:
+            running.append(sum(patient.running for patient in patients))
+            raise UpstreamError("refused", "no")
+
+        for number in range(5):
+            endpoint = Endpoint(f"192.0.2.{number}", 853, "dot.test")
+            patients.append(dotproxy.Examination(endpoint, trust))
+        with mock.patch.multiple(dotproxy, reach=reach, EXAMINERS=2):
+            reports = dotproxy.examine_upstreams(patients)
+
+        self.assertEqual(len(reports), 5)
+        self.assertLessEqual(max(running), 2)
+
+    def test_certificate_near_its_end_is_noted(self) -> None:
+        for days, result in ((13, WARN), (14, OK)):
+            with self.subTest(days=days):
+                peer = dotproxy.Peer(
+                    *("TLSv1.3", "", "", False), ["a.example"], der(PKI.good)
+                )
+                found = dotproxy.examine_peer(peer, days * DAY, 0.0, 0.0)
+                (finding,) = [each for each in found if each.check == "certificate"]
+                self.assertEqual(finding.result, result)
+                self.assertIn(f"for a.example; {days} days left", finding.detail)
+
+    def test_slow_answers_are_noted(self) -> None:
+        slow = dotproxy.examine_latency([0.9, 0.6, 0.1], 0.5)
+        fast = dotproxy.examine_latency([0.9, 0.002, 0.001], 0.5)
+
+        self.assertEqual((slow.result, fast.result), (WARN, OK))
+        self.assertIn("1.0 ms / 2.0 ms / 900.0 ms", fast.detail)
+
+
+REPORTS = [
+    dotproxy.Report("this host", [dotproxy.Finding("clock", OK, "it ticks")]),
+    dotproxy.Report(
+        "192.0.2.1:853#dot.test",
+        [
+            dotproxy.Finding("connect", OK, "1.0 ms"),
+            dotproxy.Finding("certificate", FAIL, "bad \x1b[31m", "renew it"),
+        ],
+    ),
+]
+
+
+class DoctorReportTest(DotproxyTestCase):
+    def test_table_has_a_line_for_each_check_and_cure(self) -> None:
+        self.assertEqual(
+            dotproxy.text_report(REPORTS).splitlines(),
+            [
+                "this host",
+                "  clock        ok    it ticks",
+                "192.0.2.1:853#dot.test",
+                "  connect      ok    1.0 ms",
+                "  certificate  FAIL  bad ?[31m",
+                "",
+                "3 checks: 1 failed, 0 to note",
+                "  192.0.2.1:853#dot.test, certificate: renew it",
+            ],
+        )
+
+    def test_object_has_the_worst_result_and_every_check(self) -> None:
+        found = json.loads(dotproxy.json_report(REPORTS))
+
+        self.assertEqual((found["result"], len(found["checks"])), (FAIL, 3))
+        self.assertEqual(
+            found["checks"][0],
+            {
+                **{"subject": "this host", "check": "clock", "result": OK},
+                **{"detail": "it ticks", "cure": ""},
+            },
+        )
+        self.assertEqual(json.loads(dotproxy.json_report(REPORTS[:1]))["result"], OK)
+
+    def test_host_comes_first_then_each_upstream(self) -> None:
+        with FakeUpstream() as upstream:
+            config = configure(upstream, host=LOCALHOST_V6)
+            reports = dotproxy.examine(config, wall=lambda: dotproxy.RELEASED + DAY)
+
+        self.assertEqual(
+            [report.subject for report in reports],
+            ["this host", f"127.0.0.1:{upstream.port}#dot.test"],
+        )
+        found = [finding.check for finding in reports[0].findings]
+        checks = ["options", "program", "[::1]:0", "user", "descriptors"]
+        self.assertEqual(found, [*checks, "CA certificates", "clock"])
+        self.assertIn("within the dates", reports[0].findings[-1].detail)
+
+    def test_clock_off_by_a_year_is_found(self) -> None:
+        with FakeUpstream(certificate=PKI.expired) as upstream:
+            config = configure(upstream, host=LOCALHOST_V6)
+            reports = dotproxy.examine(config, wall=lambda: dotproxy.RELEASED + DAY)
+
+        clock = reports[0].findings[-1]
+        self.assertEqual((clock.check, clock.result), ("clock", WARN))
+        self.assertIn("2020-01-01 00:00 UTC to 2020-02-01 00:00 UTC", clock.detail)
+
+    def test_unreadable_ca_file_leaves_the_host_to_examine(self) -> None:
+        config = configured("--ca-file=/nonexistent.pem", "--listen=127.0.0.1:0")
+        (report,) = dotproxy.examine(config)
+
+        finding = next(f for f in report.findings if f.check == "CA certificates")
+        self.assertEqual(finding.result, FAIL)
+        self.assertIn("upstreams are not examined", finding.detail)
+        self.assertEqual(finding.cure, "give --ca-file PEM")
+
+
+# ---- Running -------------------------------------------------------------------------
+
+
 class Program:
     """The program in a process of its own, as `python -X dev -W error` runs it."""
 
@@ -8373,6 +8958,16 @@ class MainTest(DotproxyTestCase):
                     said = result.stdout + result.stderr
                     self.assertEqual(said.count(b"\n"), 1)
 
+    def test_doctor_prints_a_report_and_its_status(self) -> None:
+        with FakeUpstream() as upstream, Program.before(upstream, "--doctor") as good:
+            self.assertEqual(good.wait(), 0)
+        with Program.before(upstream, "--doctor", "--log-format=json") as bad:
+            self.assertEqual(bad.wait(), 1)
+
+        self.assertIn(f"\n127.0.0.1:{upstream.port}#dot.test\n", good.output)
+        self.assertRegex(good.output, r"checks: 0 failed, \d to note\n\Z")
+        self.assertEqual(json.loads(bad.output)["result"], FAIL)
+
     def test_port_taken_is_one_line_and_status_1(self) -> None:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             with self.subTest(kind=kind), socket.socket(type=kind) as holder:
@@ -8555,7 +9150,8 @@ def options_in_help() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for action in dotproxy.build_parser()._actions:
         if action.dest not in ("help", "version"):
-            name = f"{action.option_strings[-1]} {action.metavar or ''}".rstrip()
+            value = f"[{action.metavar}]" if action.nargs == "?" else action.metavar
+            name = f"{action.option_strings[-1]} {value or ''}".rstrip()
             meaning, _, default = str(action.help).rstrip(")").partition(" (default: ")
             found.append((name, default, meaning))
     return found

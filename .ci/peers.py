@@ -9,8 +9,8 @@
 Each DoT server program stands behind the proxy in turn, with a certificate made for
 the run, and every client program asks through it. Then come load over a slow link,
 certificates that must be refused, servers that die or hang, domains with servers of
-their own, and what the host does with the process: another user, few descriptors,
-systemd.
+their own, what the host does with the process (another user, few descriptors, systemd),
+and what the health check and the doctor say of all that.
 
 Where the system allows it, all of this happens in a network and a mount namespace of
 its own: no port can clash, nothing leaves the machine, and the system's resolver can
@@ -1640,6 +1640,173 @@ ENCRYPTED_CHECKS: dict[str, Callable[[EncryptedProxy], None]] = {
 }
 
 
+# ---- Health check and doctor ---------------------------------------------------------
+# What both say of the set-ups that people get wrong.
+
+
+class Said(NamedTuple):
+    """A program's exit status and output."""
+
+    status: int
+    text: str
+
+
+def errand(lab: Lab, *options: str, before: tuple[str, ...] = ()) -> Said:
+    """Run dotproxy for something else than to serve, perhaps under another command."""
+    command = [*before, sys.executable, str(lab.proxy), *options]
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=CLIENT_SECONDS,
+        text=True,
+    )
+    return Said(result.returncode, result.stdout)
+
+
+def doctor(
+    lab: Lab, port: int, *more: str, ca: str = "ca", before: tuple[str, ...] = ()
+) -> Said:
+    upstream = f"{LOOPBACK}:{port}#{TLS_NAME}"
+    trust = ["--ca-file", str(lab.directory / f"{ca}.pem")] if ca else []
+    listen = f"--listen={LOOPBACK}:{free_port()}"
+    options = ("--doctor", listen, f"--upstream={upstream}", *trust, *more)
+    return errand(lab, *options, before=before)
+
+
+def expect_finding(said: Said, status: int, check: str, pattern: str) -> None:
+    """Expect this exit status, and this of a check: `ok|warn|FAIL`, then its detail."""
+    expect(said.status == status, f"status {said.status}: {said.text}")
+    expect_match(rf"(?m)^  {check} +({pattern})", said.text)
+
+
+def check_health(lab: Lab) -> None:
+    """Healthy; then the upstream is ended; then the proxy."""
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port) as proxy:
+        options = ("--healthcheck", f"--listen={LOOPBACK}:{proxy.port}", "--timeout=2")
+        for ended, status, pattern in (
+            (None, 0, r"\Ahealthy: answered in [\d.]+ ms\n\Z"),
+            (server, 1, r"\Aupstream down: .*refused.*\n\Z"),
+            (proxy, 1, r"\Aproxy down: nothing listens.*\n\Z"),
+        ):
+            if ended is not None:
+                ended.process.stop()
+            said = errand(lab, *options)
+            expect(said.status == status, f"status {said.status}: {said.text}")
+            expect_match(pattern, said.text)
+
+
+def check_doctor_healthy(program: str, padding: str, lab: Lab) -> None:
+    with Server(lab, program) as server:
+        said = doctor(lab, server.port)
+    expect_finding(said, 0, "handshake", r"ok +TLSv1\.3, ")
+    expect_finding(said, 0, "resumption", "ok +session resumed")
+    expect_finding(said, 0, "padding", padding)
+    expect_finding(said, 0, "certificate", f"warn +for {TLS_NAME}, {LOOPBACK}; 1 days")
+
+
+def check_doctor_refuses(certificate: str, cause: str, lab: Lab) -> None:
+    with Server(lab, "dnsdist", certificate) as server:
+        said = doctor(lab, server.port)
+        count = server.queries()
+    expect_finding(said, 1, "certificate", f"FAIL .*{cause}")
+    expect_finding(said, 1, "shown", "warn +valid from .* not trusted")
+    expect(count == 0, f"the server was sent {count} queries")
+
+
+def check_doctor_pin(lab: Lab) -> None:
+    """Compare the pin with what openssl says."""
+    command = "openssl x509 -pubkey -noout | openssl pkey -pubin -outform der"
+    script = f"{command} | openssl dgst -sha256 -binary | base64"
+    path = lab.directory / "good.pem"
+    pin = run("sh", "-c", f"< {shlex.quote(str(path))} {script}").strip()
+    with Server(lab, "dnsdist") as server:
+        expect_finding(doctor(lab, server.port), 0, "pin", f"ok +{re.escape(pin)}$")
+
+
+def check_doctor_refused(lab: Lab) -> None:
+    expect_finding(doctor(lab, free_port()), 1, "connect", "FAIL +connection refused")
+
+
+def check_doctor_black_hole(lab: Lab) -> None:
+    """A server that accepts no more connections: what is sent to it is dropped."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind((LOOPBACK, 0))
+        full.listen(0)
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        start = time.monotonic()
+        said = doctor(lab, full.getsockname()[1])
+    expect_finding(said, 1, "connect", "FAIL +no answer to the connection.*firewall")
+    expect(time.monotonic() - start < 11, f"{time.monotonic() - start:.1f} s")
+
+
+def check_doctor_slow(lab: Lab) -> None:
+    with Server(lab, "dnsdist") as server, slow_link(lab, server.port, 0.6) as port:
+        said = doctor(lab, port)
+    expect_finding(said, 0, "latency", r"warn +6\d\d\.\d ms")
+
+
+def check_doctor_no_authorities(lab: Lab) -> None:
+    before = ("env", "SSL_CERT_FILE=/nonexistent", "SSL_CERT_DIR=/nonexistent")
+    with Server(lab, "dnsdist") as server:
+        said = doctor(lab, server.port, ca="", before=before)
+        expect(server.queries() == 0, "the server was sent queries")
+    expect_finding(said, 1, "CA certificates", "FAIL +none in /nonexistent")
+    expect_finding(said, 1, "certificate", "FAIL .*no CA bundle: install")
+
+
+def check_doctor_clock(offset: str, pattern: str, cause: str, lab: Lab) -> None:
+    if not shutil.which("faketime"):
+        raise Skipped("needs faketime")
+    before = ("env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset)
+    with Server(lab, "dnsdist") as server:
+        said = doctor(lab, server.port, before=before)
+        expect(server.queries() == 0, "the server was sent queries")
+    expect_finding(said, 1, "clock", pattern)
+    expect_finding(said, 1, "certificate", f"FAIL .*{cause}.*check the clock")
+
+
+def check_doctor_port(lab: Lab) -> None:
+    """The port is held by the proxy itself, then by another program."""
+    with Server(lab, "unbound") as other, Server(lab, "dnsdist") as server:
+        with Proxy(lab, server.port) as proxy:
+            held = f"{LOOPBACK}:{proxy.port}"
+            said = doctor(lab, server.port, f"--listen={held}")
+            pattern = r"ok +held by dotproxy \(pid \d+\), which runs; healthy"
+            expect_finding(said, 0, re.escape(held), pattern)
+        taken = f"{LOOPBACK}:{other.port}"
+        said = doctor(lab, server.port, f"--listen={taken}")
+        expect_finding(said, 1, re.escape(taken), r"FAIL +taken by unbound \(pid \d+")
+
+
+BEFORE_RELEASE = "FAIL .*before this program was made"
+DOCTOR_CHECKS: dict[str, Callable[[Lab], None]] = {
+    "health check: healthy, upstream down, proxy down": check_health,
+    "dnsdist": partial(check_doctor_healthy, "dnsdist", "ok +none"),
+    "knot-resolver": partial(check_doctor_healthy, "knot-resolver", "ok +answers of"),
+    "pin is openssl's": check_doctor_pin,
+    "wrong name": partial(check_doctor_refuses, "wrong-name", WRONG_NAMES_IN_LOG),
+    "expired": partial(check_doctor_refuses, "expired", "expired"),
+    "unknown CA": partial(check_doctor_refuses, "unknown", "unknown CA"),
+    "refused": check_doctor_refused,
+    "black hole": check_doctor_black_hole,
+    "slow": check_doctor_slow,
+    "no CA certificates": check_doctor_no_authorities,
+    "clock a year behind": partial(
+        check_doctor_clock, "-365d", f"{BEFORE_RELEASE}|warn .*no upstream", "not valid"
+    ),
+    "clock a year ahead": partial(
+        check_doctor_clock, "+365d", "warn .*no upstream's certificate", "expired"
+    ),
+    "who holds the port": check_doctor_port,
+}
+
+
 # ---- Bench ---------------------------------------------------------------------------
 # The proxy and unbound, one after the other, before the same dnsdist.
 
@@ -1766,6 +1933,7 @@ GROUPS: list[Group[Proxy] | Group[EncryptedProxy] | Group[Lab] | Group[Horizon]]
     Group("outage", contextlib.nullcontext, OUTAGE_CHECKS),
     Group("split horizon", split_horizon, HORIZON_CHECKS),
     Group("host", contextlib.nullcontext, HOST_CHECKS),
+    Group("doctor", contextlib.nullcontext, DOCTOR_CHECKS),
 ]
 
 
