@@ -7728,6 +7728,12 @@ class HealthCheckTest(DotproxyTestCase):
         self.assertFalse(verdict.healthy)
         self.assertRegex(verdict.line, r"\Aproxy down: no answer from .* in 0.01 s")
 
+    def test_address_that_cannot_be_asked_is_a_proxy_that_is_down(self) -> None:
+        verdict = dotproxy.check_health(("255.255.255.255", 53), 5.0)
+
+        line = "proxy down: 255.255.255.255:53: Permission denied"
+        self.assertEqual(verdict, (False, line, False))
+
     def test_wildcard_address_is_asked_on_loopback(self) -> None:
         for wildcard, host in (("0.0.0.0", "127.0.0.1:"), ("::", "[::1]:")):
             with self.subTest(wildcard):
@@ -8313,6 +8319,31 @@ class HostExaminationTest(DotproxyTestCase):
         self.assertEqual((finding.result, finding.cure), (OK, ""))
         self.assertIn("held by dotproxy (pid 7), which runs; healthy", finding.detail)
 
+    def test_running_dotproxy_that_is_not_healthy_is_noted(self) -> None:
+        sick = dotproxy.Verdict(False, "upstream down: no answer")
+        with mock.patch.object(dotproxy, "check_health", return_value=sick):
+            finding = dotproxy.examine_holder(
+                "port", (LOCALHOST, 1), ["dotproxy (pid 7)"], "taken; stop it"
+            )
+
+        self.assertEqual(finding.result, WARN)
+        self.assertIn("which runs; upstream down: no answer", finding.detail)
+
+    def test_port_with_closed_connections_is_free(self) -> None:
+        with socket.create_server((LOCALHOST, 0)) as listener:
+            address = listener.getsockname()
+            with socket.create_connection(address):
+                listener.accept()[0].close()  # this end stays, in TIME_WAIT
+
+        self.assertEqual(dotproxy.examine_address(address, given=True).result, OK)
+
+    def test_options_and_program_are_told(self) -> None:
+        options, program = dotproxy.describe_host(configured("--route=a=tcp://b"))
+
+        self.assertEqual(options[1:], (OK, "valid; 2 to listen on, 5 upstream", ""))
+        self.assertEqual(program.result, OK)
+        self.assertIn(f"dotproxy {dotproxy.__version__}, Python 3.", program.detail)
+
     def test_holder_that_cannot_be_seen_is_asked_for_dns(self) -> None:
         with serving(answer) as served:
             here = dotproxy.examine_holder("port", served.address, [], "taken; stop it")
@@ -8403,6 +8434,7 @@ class ExaminationTest(DotproxyTestCase):
                 self.assertEqual(found["certificate"].result, FAIL)
                 self.assertIn(text, found["certificate"].detail)
                 self.assertIn(cure, found["certificate"].cure)
+                self.assertEqual(found["shown"].result, WARN)
                 self.assertIn("valid from 2020-01-01 00:00", found["shown"].detail)
                 self.assertIn(GOOD_PIN, found["shown"].detail)
                 self.assertEqual(upstream.queries, [])
@@ -8437,6 +8469,22 @@ class ExaminationTest(DotproxyTestCase):
                 finding = self.examine(upstream)["answers"]
                 self.assertEqual((finding.result, finding.detail), (FAIL, text))
                 self.assertTrue(finding.cure)
+
+    def test_session_that_is_not_resumed_is_told(self) -> None:
+        forget = mock.patch.object(Connection, "session", return_value=None)
+        with FakeUpstream() as upstream, forget:
+            found = self.examine(upstream)
+
+        self.assertEqual(found["resumption"].result, OK)
+        self.assertIn("session not resumed", found["resumption"].detail)
+
+    def test_error_of_ours_is_a_failure(self) -> None:
+        broken = mock.patch.object(dotproxy, "reach", side_effect=RuntimeError)
+        with broken, self.assertLogs(dotproxy.logger, "ERROR"):
+            found = self.examine(Endpoint("192.0.2.1", 853, "dot.test"))
+
+        self.assertEqual(found["connect"].result, FAIL)
+        self.assertIn("internal error", found["connect"].detail)
 
     def test_answers_out_of_order_are_noticed(self) -> None:
         late: list[Message] = []
@@ -8486,6 +8534,7 @@ class ExaminationTest(DotproxyTestCase):
         with FakeUpstream(idle_timeout=0.3) as upstream:
             found = self.examine(upstream, idle=True)
 
+        self.assertEqual(found["idle"].result, OK)
         self.assertRegex(found["idle"].detail, r"\Aclosed after 0\.[34] s\Z")
 
     def test_connection_that_stays_open_is_told(self) -> None:
