@@ -5,7 +5,8 @@ The path of a query
 
     UDP datagrams
       UDPServer.get_request         drain the socket: one request = one batch
-      UDPServer.process_request     Proxy.lookup: from the cache -> sendto, done   [udp]
+      UDPServer.process_request     Admission.verdict: REFUSED, TC or nothing for some
+                                    Proxy.lookup: from the cache -> sendto, done   [udp]
                                     WorkerPool.submit(the rest)    full -> drop
       UDPHandler.handle             Proxy.resolve                               [worker]
         Proxy.resolve               join the same question in flight, or a new Exchange
@@ -21,7 +22,9 @@ The path of a query
       Timer                         hedge, retry, stale answer, SERVFAIL at the deadline
 
     TCP clients enter at the same lookup and resolve, from StreamHandler, with another
-    reply. lookup parses; what cannot be parsed is answered FORMERR or NOTIMP at once.
+    reply; TCPServer.verify_request closes those of strangers, and one over its rate is
+    read no further for a while. lookup parses; what cannot be parsed is answered
+    FORMERR or NOTIMP at once.
     DoT clients do so from TLSHandler, which shakes hands first: it decrypts what it
     receives, encrypts what it sends, and is a StreamHandler otherwise.
 
@@ -70,12 +73,13 @@ that what is encrypted in turn is sent in turn, and under TLSServer.turns)
     Line._lock           the socket, against being closed while another thread uses it
     Timer._condition     what is due
     WorkerPool._lock     number of threads, of idle ones and of waiting tasks
+    RateLimiter._lock    buckets of client prefixes
     Clients._lock        connected TCP and DoT clients
     StreamHandler._lock  octets that the client has not taken yet, queries in flight
     TLSServer.turns      a semaphore: who computes a step of a handshake
 
-    Shelf has no lock: its table is a dict of which only single operations are used. Nor
-    has Routes: it does not change.
+    Shelf and Admission have no lock: of their table, a dict and a set, only single
+    operations are used. Nor has Routes: it does not change.
     Identity neither: its context is replaced as a whole, by the main thread, at SIGHUP.
 """
 
@@ -181,6 +185,7 @@ class ExtendedError(enum.IntEnum):
     """Info codes of Extended DNS Errors (RFC 8914 section 4)."""
 
     STALE_ANSWER = 3
+    PROHIBITED = 18
     STALE_NXDOMAIN_ANSWER = 19
     NO_REACHABLE_AUTHORITY = 22
     NETWORK_ERROR = 23
@@ -651,6 +656,26 @@ def build_format_error(message: bytes, rcode: Rcode) -> bytes:
     """Build the bare header that answers a message which could not be parsed."""
     flags = QR | (message[2] << 8) & (OPCODE_MASK | RD) | rcode
     return message[:2] + flags.to_bytes(2, "big") + bytes(8)
+
+
+def build_short_answer(
+    message: bytes, rcode: Rcode, *, flags: int = 0, options: Sequence[bytes] = ()
+) -> bytes:
+    """Build an answer that has no records and is never longer than its query.
+
+    `options`: EDNS options for a client that sent OPT; the first that fit are taken.
+    """
+    try:
+        query = parse_query(message)
+    except FormatError as error:
+        return build_format_error(message, rcode or error.rcode)
+    response = error_response(rcode)
+    response.flags |= flags
+    for each in options:
+        answer = build_answer(query, response, options=each)
+        if len(answer) <= len(message):
+            return answer
+    return build_answer(query, response)
 
 
 def split_frames(octets: bytes) -> tuple[list[bytes], bytes]:
@@ -3415,6 +3440,184 @@ class Proxy:
         return [waiter for _, waiter in shed]
 
 
+# ---- Admission (RFC 5358) ------------------------------------------------------------
+# Who may ask, and how often. It knows addresses and time, nothing of messages: servers
+# ask it, and turn away whom it tells them to.
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+# Addresses that cannot come from the Internet: loopback, private (RFC 1918), shared
+# (RFC 6598), link-local and unique local ones (RFC 4193).
+LOCAL_NETWORKS: tuple[Network, ...] = (
+    *map(ipaddress.IPv4Network, ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12")),
+    *map(ipaddress.IPv4Network, ("192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10")),
+    *map(ipaddress.IPv6Network, ("::1/128", "fe80::/10", "fc00::/7")),
+)
+RATE_LIMIT = 50  # queries/s of one prefix: ten times what a busy household asks
+
+
+def parse_client(host: str) -> IPAddress:
+    """Parse the address of a client, which is IPv4 where IPv6 only carries that."""
+    address = ipaddress.ip_address(host)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+class AccessList:
+    """Networks; immutable."""
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks = tuple(networks)
+
+    def __contains__(self, address: IPAddress) -> bool:
+        return any(address in network for network in self._networks)
+
+
+LOCAL = AccessList(LOCAL_NETWORKS)
+
+
+def is_open(network: Network) -> bool:
+    """Tell whether a network has far more of the Internet than anybody's own."""
+    ends = network.network_address, network.broadcast_address
+    wide = network.prefixlen < (8 if network.version == 4 else 16)
+    return wide and not all(end in LOCAL for end in ends)
+
+
+class Bucket:
+    """Tokens of one prefix: full at a time that each token taken puts off."""
+
+    __slots__ = ("full_at", "refused")
+
+    def __init__(self) -> None:
+        self.full_at = -math.inf
+        self.refused = 0  # times in all
+
+
+class RateLimiter:
+    """Token buckets by prefix, in bounded memory; any thread may ask."""
+
+    MAX_PREFIXES = 100_000  # about 30 MB; the longest unused is forgotten first
+
+    def __init__(self, rate: float, burst: float) -> None:
+        """Make buckets of `burst` tokens that get `rate` tokens a second."""
+        self._interval = 1 / rate  # s per token
+        self._reserve = (burst - 0.5) / rate  # s; half a token makes up for rounding
+        self._lock = threading.Lock()  # guards _buckets and what is in them
+        self._buckets: collections.OrderedDict[bytes, Bucket]
+        self._buckets = collections.OrderedDict()
+
+    def refusals(self, prefix: bytes, now: float) -> int:
+        """Take a token: return 0, or how often there was none for this prefix."""
+        with self._lock:
+            bucket = self._find_locked(prefix, now)
+            if bucket.full_at - now <= self._reserve:
+                bucket.full_at += self._interval
+                return 0
+            bucket.refused += 1
+            return bucket.refused
+
+    def take(self, prefix: bytes, count: int, now: float) -> tuple[int, float]:
+        """Take up to so many tokens, one at least; tell when the next is due.
+
+        One may be owed: so each who waits for the next has a time of its own, in turn.
+        """
+        with self._lock:
+            bucket = self._find_locked(prefix, now)
+            left = (self._reserve - bucket.full_at + now) // self._interval + 1
+            taken = min(count, max(1, int(left)))
+            bucket.full_at += taken * self._interval
+            return taken, bucket.full_at - self._reserve
+
+    def _find_locked(self, prefix: bytes, now: float) -> Bucket:
+        buckets = self._buckets
+        bucket = buckets.get(prefix)
+        if bucket is None:
+            bucket = buckets[prefix] = Bucket()
+            if len(buckets) > self.MAX_PREFIXES:
+                buckets.popitem(last=False)
+        else:
+            buckets.move_to_end(prefix)
+        bucket.full_at = max(bucket.full_at, now)
+        return bucket
+
+
+class Verdict(enum.Enum):
+    """What becomes of a query; all but the first turn it away."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"  # a stranger's, answered
+    IGNORE = "ignore"  # a stranger's, where enough were answered
+    TRUNCATE = "truncate"  # over the rate: to be asked again over TCP
+    DROP = "drop"  # over the rate
+
+
+class Admission:
+    """Tells the servers who may ask, and how often; any thread may ask it.
+
+    Streams have buckets of their own, which no forged datagram can empty: a client that
+    was told to come over TCP is served there whatever is sent in its name.
+    """
+
+    BURST = 2.0  # s of asking at the rate that may come at once
+    REFUSALS = 10.0, 20.0  # answers/s to strangers, all together, and at once
+    MAX_KNOWN = 10_000  # client addresses to remember, about 2 MB
+    PREFIX = 7  # octets: /56, what an IPv6 customer has; an IPv4 address is shorter
+
+    def __init__(
+        self,
+        allow: Sequence[Network] = LOCAL_NETWORKS,
+        *,
+        rate: float = RATE_LIMIT,
+        limit_all: bool = False,
+    ) -> None:
+        """Admit clients in `allow`; `rate`: queries/s of a prefix, 0 for any."""
+        self.free: set[str] = set()  # clients known to be allowed and not limited
+        self._allowed = AccessList(allow)
+        self._unlimited = AccessList(()) if limit_all else LOCAL
+        self._rate = rate
+        self._refusals = RateLimiter(*self.REFUSALS)
+        self._datagrams = RateLimiter(rate or 1, (rate or 1) * self.BURST)
+        self._streams = RateLimiter(rate or 1, (rate or 1) * self.BURST)
+        # 0.1 us where an address is known, 6 us where it is not.
+        self._prefix_of = functools.lru_cache(self.MAX_KNOWN)(self._find_prefix)
+
+    def admits(self, host: str) -> bool:
+        """Tell whether this client may ask at all."""
+        return self._prefix_of(host) is not None
+
+    def verdict(self, host: str, now: float) -> Verdict:
+        """Decide on a datagram from this client."""
+        prefix = self._prefix_of(host)
+        if prefix is None:
+            spent = self._refusals.refusals(b"", now)
+            return Verdict.IGNORE if spent else Verdict.REFUSE
+        if not prefix:
+            if len(self.free) >= self.MAX_KNOWN:
+                self.free.clear()
+            self.free.add(host)
+            return Verdict.ALLOW
+        refusals = self._datagrams.refusals(prefix, now)
+        if not refusals:
+            return Verdict.ALLOW
+        return Verdict.TRUNCATE if refusals % 2 else Verdict.DROP
+
+    def pace(self, host: str, count: int, now: float) -> tuple[int, float]:
+        """Tell how many of a stream's queries to serve now, and when the next."""
+        prefix = self._prefix_of(host)
+        return self._streams.take(prefix, count, now) if prefix else (count, now)
+
+    def _find_prefix(self, host: str) -> bytes | None:
+        """Return whose rate counts: empty for nobody's, None for a stranger."""
+        address = parse_client(host)
+        if address not in self._allowed:
+            return None
+        if not self._rate or address in self._unlimited:
+            return b""
+        return address.packed[: self.PREFIX]
+
+
 # ---- Servers (RFC 1035 section 4.2, RFC 7766, RFC 9210) ------------------------------
 # From sockets to the Proxy and back. They know sizes, addresses and time-outs, nothing
 # of names.
@@ -3475,18 +3678,24 @@ class UDPServer(socketserver.ThreadingUDPServer):
     RECEIVE_BUFFER = 4 << 20  # octets: a burst of some thousand queries is not lost
     max_packet_size = 4096  # a query is far smaller; recvfrom allocates this each time
     daemon_threads = True
+    PROHIBITED = tuple(
+        build_option(ExtendedError.PROHIBITED, text)
+        for text in ("this resolver does not serve your address", "")
+    )
 
     def __init__(
         self,
         address: Address,
         proxy: Proxy,
         pool: WorkerPool,
-        clock: Callable[[], float] = time.monotonic,
         *,
+        admission: Admission,
+        clock: Callable[[], float] = time.monotonic,
         inherited: socket.socket | None = None,
     ) -> None:
         """Bind the address, or use an inherited socket that is bound to it."""
         self.proxy = proxy
+        self.admission = admission
         self.clock = clock
         self.turned_at = clock()  # when the receiving loop last came round
         self._pool = pool
@@ -3543,9 +3752,15 @@ class UDPServer(socketserver.ThreadingUDPServer):
     def process_request(  # type: ignore[override]
         self, request: list[Datagram], client_address: Address
     ) -> None:
-        """Answer what the cache can; hand the rest to a worker, or drop it."""
+        """Answer what the cache can; turn away, hand to a worker, or drop the rest."""
         now, lookup, misses = self.clock(), self.proxy.lookup, []
+        free = self.admission.free
         for message, address, ancillary in request:
+            if address[0] not in free:
+                verdict = self.admission.verdict(address[0], now)
+                if verdict is not Verdict.ALLOW:
+                    self._turn_away((message, address, ancillary), verdict)
+                    continue
             found = lookup(message, now)
             if isinstance(found, bytes):
                 self.reply(address, ancillary, found)
@@ -3571,6 +3786,17 @@ class UDPServer(socketserver.ThreadingUDPServer):
                 self.socket.sendto(message, address)
         except OSError as error:  # no room, or the client is gone: it will ask again
             logger.debug("answer dropped: client=%s error=%s", address[0], error)
+
+    def _turn_away(self, datagram: Datagram, verdict: Verdict) -> None:
+        """Answer a query in fewer octets than it has, or not at all."""
+        message, address, ancillary = datagram
+        logger.debug("turned away: client=%s verdict=%s", address[0], verdict.value)
+        if verdict is Verdict.REFUSE:
+            short = build_short_answer(message, Rcode.REFUSED, options=self.PROHIBITED)
+            self.reply(address, ancillary, short)
+        elif verdict is Verdict.TRUNCATE:
+            short = build_short_answer(message, Rcode.NOERROR, flags=TC)
+            self.reply(address, ancillary, short)
 
     def _finish(self, request: object, client_address: object) -> None:
         self.finish_request(request, client_address)  # type: ignore[arg-type]
@@ -3609,7 +3835,9 @@ class StreamHandler(socketserver.BaseRequestHandler):
         self.request.setblocking(False)
         with contextlib.suppress(OSError):  # it may be gone already
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.active_at = self.server.clock()  # when the last whole query came
+        self.active_at = self.server.clock()  # when its last query was taken up
+        self._waiting: list[bytes] = []  # queries read beyond the client's rate
+        _, self._ready_at = self._pace(0)  # when it may have the next one served
         self.in_flight = 0
         self._lock = threading.Lock()  # guards in_flight, _unsent, _stalled_at, _broken
         self._changed = threading.Condition(self._lock)  # told when in_flight falls
@@ -3622,9 +3850,12 @@ class StreamHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Read queries until the client is done, idle for too long, or gone."""
-        while self._reading or self.in_flight or self._unsent:
+        while self._reading or self._waiting or self.in_flight or self._unsent:
             if not self._wait():
                 return
+            if self._waiting and self._ready():
+                self._resolve(self._waiting)
+                continue
             if not self._hungry():
                 continue
             try:
@@ -3677,19 +3908,31 @@ class StreamHandler(socketserver.BaseRequestHandler):
         """Resolve the queries that are whole; False where no more can be understood."""
         messages, self._received = split_frames(self._received + octets)
         if messages:
-            self.active_at = self.server.clock()
             self._resolve(messages)
         return not hopeless(self._received)
 
-    def _hungry(self) -> bool:
+    def _pace(self, count: int) -> tuple[int, float]:
+        host = self.client_address[0]
+        return self.server.admission.pace(host, count, self.active_at)
+
+    def _ready(self) -> bool:
         room = self.in_flight < self.MAX_IN_FLIGHT and not self._unsent
-        return room and self._reading
+        return room and self.server.clock() >= self._ready_at
+
+    def _hungry(self) -> bool:
+        return self._reading and not self._waiting and self._ready()
 
     def _wait(self) -> bool:
         """Wait for something to do, at most a moment; False when it is over."""
-        wait = self.MOMENT
+        if self._waiting and self._ready():
+            return not self._broken
+        wait, slowed = self.MOMENT, 0.0
         if not (self.in_flight or self._unsent):
-            wait = self.active_at + self.server.idle_timeout - self.server.clock()
+            now = self.server.clock()
+            slowed = self._ready_at - now
+            idle_since = max(self.active_at, self._ready_at)
+            left = idle_since + self.server.idle_timeout - now
+            wait = slowed if slowed > 0 else left
         wanted = select.POLLIN if self._hungry() else 0
         wanted |= select.POLLOUT if self._unsent else 0
         if wanted and wait > 0:
@@ -3698,14 +3941,20 @@ class StreamHandler(socketserver.BaseRequestHandler):
             poller.poll(wait * 1000)
         elif wait > 0:
             with self._lock:
-                self._changed.wait_for(lambda: self._broken or not self.in_flight, wait)
+                self._changed.wait_for(
+                    lambda: self._broken or not (self.in_flight or slowed > 0), wait
+                )
         if self._unsent:
             self._push(b"")
         return wait > 0 and not self._broken
 
     def _resolve(self, messages: list[bytes]) -> None:
+        """Have queries resolved, but for those that are more than the rate."""
+        self.active_at = self.server.clock()
+        count, self._ready_at = self._pace(len(messages))
+        self._waiting = messages[count:]
         queries: list[Waiter] = []
-        for message in filter(answerable, messages):
+        for message in filter(answerable, messages[:count]):
             with self._lock:
                 self.in_flight += 1
             found = self.look_up(message)
@@ -3763,7 +4012,10 @@ class Clients:
     def __init__(self, limit: int, limit_per_address: int) -> None:
         self._limit = limit
         self._limit_per_address = limit_per_address  # many sit behind one gateway
-        self._lock = threading.Lock()  # guards _connected
+        self._lock = threading.Lock()  # guards _accepted and _connected
+        # By address, with those that no thread serves yet: were they not counted, idle
+        # clients could hold all threads and nobody would have to make room.
+        self._accepted: collections.Counter[str] = collections.Counter()
         self._connected: set[StreamHandler] = set()
 
     def enter(self, client: StreamHandler) -> None:
@@ -3776,20 +4028,40 @@ class Clients:
         with self._lock:
             self._connected.discard(client)
 
-    def make_room(self, address: str) -> None:
-        """End the longest idle connection where one more would be too many."""
+    def accept(self, address: str) -> bool:
+        """Count one more accepted; the longest idle connection makes room for it.
+
+        False where there is none that could: then it is not counted.
+        """
         with self._lock:
-            everybody = list(self._connected)
-        same = [c for c in everybody if c.client_address[0] == address]
-        if len(same) >= self._limit_per_address:
-            candidates = same
-        elif len(everybody) >= self._limit:
-            candidates = everybody
-        else:
-            return
-        victim = min(candidates, key=lambda c: (c.in_flight > 0, c.active_at))
-        self.leave(victim)
-        victim.drop()
+            crowded = self._accepted[address] >= self._limit_per_address
+            victim = None
+            if crowded or sum(self._accepted.values()) >= self._limit:
+                victim = self._longest_idle_locked(address if crowded else None)
+                if victim is None:
+                    return False
+                self._connected.discard(victim)
+            self._accepted[address] += 1
+        if victim is not None:
+            victim.drop()
+        return True
+
+    def _longest_idle_locked(self, address: str | None) -> StreamHandler | None:
+        candidates = [
+            client
+            for client in self._connected
+            if address in (None, client.client_address[0])
+        ]
+        return min(
+            candidates, key=lambda c: (c.in_flight > 0, c.active_at), default=None
+        )
+
+    def release(self, address: str) -> None:
+        """Count one that was accepted as gone; any thread may."""
+        with self._lock:
+            self._accepted[address] -= 1
+            if not self._accepted[address]:
+                del self._accepted[address]
 
     def drop_all(self) -> None:
         """End all connections."""
@@ -3817,6 +4089,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         pool: WorkerPool,
         clients: Clients,
         *,
+        admission: Admission,
         idle_timeout: float = CLIENT_IDLE_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
         inherited: socket.socket | None = None,
@@ -3824,6 +4097,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         """Bind the address, or use an inherited socket that is bound to it."""
         self.proxy = proxy
         self.clients = clients
+        self.admission = admission
         self.idle_timeout = idle_timeout
         self.clock = clock
         self.turned_at = clock()  # when the accepting loop last came round
@@ -3858,14 +4132,35 @@ class TCPServer(socketserver.ThreadingTCPServer):
                 time.sleep(self.PAUSE)
             raise
 
+    def verify_request(  # type: ignore[override]
+        self, request: socket.socket, client_address: Address
+    ) -> bool:
+        """Tell whether the client may ask: where not, it is closed at once."""
+        admitted = self.admission.admits(client_address[0])
+        if not admitted:
+            logger.debug("turned away: client=%s over=tcp", client_address[0])
+        return admitted
+
     def process_request(  # type: ignore[override]
         self, request: socket.socket, client_address: Address
     ) -> None:
         """Give the client a thread; at a bound the longest idle one makes room."""
-        self.clients.make_room(client_address[0])
+        if not self.clients.accept(client_address[0]):
+            self.shutdown_request(request)
+            return
         serve = functools.partial(self.process_request_thread, request, client_address)
         if not self._pool.submit(serve):
             self.shutdown_request(request)
+            self.clients.release(client_address[0])
+
+    def process_request_thread(  # type: ignore[override]
+        self, request: socket.socket, client_address: Address
+    ) -> None:
+        """Serve the client; its thread of the pool calls this."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.clients.release(client_address[0])
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
@@ -4060,13 +4355,15 @@ class TLSServer(TCPServer):
         pool: WorkerPool,
         clients: Clients,
         *,
+        admission: Admission,
         identity: Identity,
         inherited: socket.socket | None = None,
     ) -> None:
         """Bind the address, or use an inherited socket that is bound to it."""
         self.identity = identity
         self.turns = threading.BoundedSemaphore(self.COMPUTING)
-        super().__init__(address, proxy, pool, clients, inherited=inherited)
+        everything = address, proxy, pool, clients
+        super().__init__(*everything, admission=admission, inherited=inherited)
 
 
 # ---- Host: privileges, descriptors, systemd ------------------------------------------
@@ -4332,7 +4629,7 @@ class Supervisor:
 # certificates, so that a container can afford it every few seconds.
 
 
-class Verdict(NamedTuple):
+class Checkup(NamedTuple):
     """What a health check found, in a line; `alive`: something answers at all."""
 
     healthy: bool
@@ -4358,16 +4655,16 @@ def extended_error(response: Response) -> str:
     return printable(reason.decode("utf-8", "replace"))
 
 
-def judge_health(response: Response, seconds: float) -> Verdict:
+def judge_health(response: Response, seconds: float) -> Checkup:
     """Tell from its answer, and how long that took, how the proxy does."""
     text = extended_error(response)
     if response.rcode == Rcode.SERVFAIL:
-        return Verdict(False, f"upstream down: {text or 'SERVFAIL without a reason'}")
+        return Checkup(False, f"upstream down: {text or 'SERVFAIL without a reason'}")
     taken = f"answered in {seconds * 1000:.1f} ms"
     if response.rcode == Rcode.REFUSED:
         who = "the proxy's access list, or its upstream, refuses this check"
-        return Verdict(True, f"proxy up, upstream unknown: {text or who}; {taken}")
-    return Verdict(True, f"healthy: {taken}")
+        return Checkup(True, f"proxy up, upstream unknown: {text or who}; {taken}")
+    return Checkup(True, f"healthy: {taken}")
 
 
 def read_health(
@@ -4389,7 +4686,7 @@ def read_health(
 
 def check_health(
     address: Address, patience: float, clock: Callable[[], float] = time.monotonic
-) -> Verdict:
+) -> Checkup:
     """Ask the proxy that listens here, over UDP; blocks for so many seconds at most."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
     where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
@@ -4409,7 +4706,7 @@ def check_health(
         line = f"{where}: {error.strerror or error}"
     else:
         return judge_health(response, clock() - start)
-    return Verdict(False, f"proxy down: {line}", alive=False)
+    return Checkup(False, f"proxy down: {line}", alive=False)
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -4451,6 +4748,9 @@ class Config:
     max_in_flight: int = 10_000
     max_tcp_clients: int = 512
     max_tcp_per_client: int = 256
+    allow: tuple[Network, ...] = LOCAL_NETWORKS
+    rate_limit: float = RATE_LIMIT
+    rate_limit_all: bool = False
     user: str | None = None  # then nobody, where it starts as root
     log_level: str = "info"
     log_format: str = "text"
@@ -4459,7 +4759,9 @@ class Config:
     doctor: str | None = None
 
 
-LISTS = {"listen", "pin", "route", "tls_listen", "upstream"}  # may be given repeatedly
+FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+# Options that may be given repeatedly.
+LISTS = {"allow", "listen", "pin", "route", "tls_listen", "upstream"}
 # What is done instead of serving; not for the environment, which a server inherits.
 ERRANDS = {"healthcheck", "doctor"}
 
@@ -4582,6 +4884,25 @@ def parse_size(text: str) -> int:
     return int(digits) * factor
 
 
+def parse_network(text: str) -> Network:
+    """Parse `ADDRESS[/BITS]`, for argparse; bits of the host are ignored."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        hint = "give a network, such as 192.0.2.0/24 or 2001:db8::/32"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}") from None
+    if parse_client(str(network.network_address)).version != network.version:
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as an IPv4 network")
+    return network
+
+
+def parse_flag(text: str) -> bool:
+    """Parse yes or no, for argparse."""
+    if text.lower() not in FLAGS:
+        raise argparse.ArgumentTypeError(f"{text!r}: give yes or no")
+    return FLAGS[text.lower()]
+
+
 def number(
     kind: Callable[[str], float], low: float, high: float
 ) -> Callable[[str], float]:
@@ -4651,6 +4972,33 @@ def add_serving_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=number(int, 1, 10_000),
         help="the same for one client address (default: 256)",
+    )
+
+
+def add_admission_options(group: argparse._ArgumentGroup) -> None:
+    """Describe who may ask, and how often."""
+    group.add_argument(
+        "--allow",
+        metavar="NETWORK",
+        type=parse_network,
+        action="append",
+        help="answer clients of this network only; repeatable (default: loopback, "
+        "private, link-local, shared and unique local addresses)",
+    )
+    group.add_argument(
+        "--rate-limit",
+        metavar="QPS",
+        type=number(int, 0, 1_000_000),
+        help="queries a second of one public IPv4 address or IPv6 /56, twice that at "
+        f"once; 0 for any number (default: {RATE_LIMIT})",
+    )
+    group.add_argument(
+        "--rate-limit-all",
+        metavar="yes",
+        nargs="?",
+        const=True,
+        type=parse_flag,
+        help="limit private addresses as well (default: no)",
     )
 
 
@@ -4807,6 +5155,7 @@ def build_parser() -> Parser:
         ),
     )
     add_serving_options(parser.add_argument_group("serving"))
+    add_admission_options(parser.add_argument_group("admission"))
     add_encrypted_options(parser.add_argument_group("encrypted clients"))
     add_upstream_options(parser.add_argument_group("upstream"))
     add_trust_options(parser.add_argument_group("trust"))
@@ -5743,6 +6092,9 @@ class Daemon:
         limit = config.max_tcp_clients
         self._streams = WorkerPool("stream", limit + 1, limit)
         self._clients = Clients(limit, config.max_tcp_per_client)
+        self._admission = Admission(
+            config.allow, rate=config.rate_limit, limit_all=config.rate_limit_all
+        )
         self.servers: list[UDPServer | TCPServer]
         if inherited:
             self.servers = [self._adopt(*each) for each in inherited]
@@ -5773,10 +6125,13 @@ class Daemon:
             self._identity.reload()
 
     def _bind(self, address: Address) -> tuple[TCPServer, UDPServer]:
-        tcp = TCPServer(address, self._proxy, self._streams, self._clients)
+        admission, proxy = self._admission, self._proxy
+        tcp = TCPServer(
+            address, proxy, self._streams, self._clients, admission=admission
+        )
         try:
             same = (address[0], tcp.server_address[1])
-            return tcp, UDPServer(same, self._proxy, self._workers)
+            return tcp, UDPServer(same, proxy, self._workers, admission=admission)
         except OSError:
             tcp.server_close()
             raise
@@ -5793,20 +6148,29 @@ class Daemon:
             raise
 
     def _adopt(self, name: str, listener: socket.socket) -> UDPServer | TCPServer:
-        address = listener.getsockname()[:2]
+        address, admission = listener.getsockname()[:2], self._admission
         if listener.type == socket.SOCK_DGRAM:
-            return UDPServer(address, self._proxy, self._workers, inherited=listener)
+            return UDPServer(
+                *(address, self._proxy, self._workers),
+                admission=admission,
+                inherited=listener,
+            )
         if name == ENCRYPTED_SOCKET:
             return self._serve_encrypted(address, listener)
         everything = address, self._proxy, self._streams, self._clients
-        return TCPServer(*everything, inherited=listener)
+        return TCPServer(*everything, admission=admission, inherited=listener)
 
     def _serve_encrypted(
         self, address: Address, inherited: socket.socket | None = None
     ) -> TLSServer:
         assert self._identity is not None
         everything = address, self._proxy, self._streams, self._clients
-        return TLSServer(*everything, identity=self._identity, inherited=inherited)
+        return TLSServer(
+            *everything,
+            admission=self._admission,
+            identity=self._identity,
+            inherited=inherited,
+        )
 
     def is_turning(self, now: float) -> bool:
         """Tell whether every loop that receives from clients has come round of late."""
@@ -5836,6 +6200,18 @@ class Daemon:
         self._timer.close()
         for server in self.servers:
             server.server_close()
+
+
+def warn_of_strangers(config: Config) -> None:
+    """Say what it means that strangers may ask, where they may."""
+    wide = [network for network in config.allow if is_open(network)]
+    if wide:
+        logger.warning(
+            "open to strangers: allow=%s rate_limit=%d; whoever forges a victim's "
+            "address has the answers sent there; allow only networks of yours",
+            ",".join(map(str, wide)),
+            config.rate_limit,
+        )
 
 
 def tune_collector() -> None:
@@ -5888,6 +6264,7 @@ def run(config: Config) -> int:
     for watched in (signal.SIGTERM, signal.SIGINT, *actions):
         signal.signal(watched, lambda received, _: signals.put(received))
     tune_collector()
+    warn_of_strangers(config)
     daemon.start()
     encrypted = [each for each in daemon.servers if isinstance(each, TLSServer)]
     logger.info(

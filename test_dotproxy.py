@@ -78,6 +78,7 @@ from dotproxy import (
     Upstream,
     UpstreamError,
     UpstreamGroup,
+    Verdict,
 )
 
 # ---- Builders ------------------------------------------------------------------------
@@ -6177,7 +6178,6 @@ class OutageTest(DotproxyTestCase):
 
             self.expect_fresh_answer()
 
-
     def test_known_name_of_a_domain_survives_its_server(self) -> None:
         with FakeUpstream() as public, FakeUpstream(on_accept="plain") as private:
             routes = [("example.com", Endpoint(*private.address, ""))]
@@ -6193,6 +6193,204 @@ class OutageTest(DotproxyTestCase):
                 self.expect_fresh_answer()
 
             self.assertEqual(public.queries, [])
+
+
+# ---- Admission -----------------------------------------------------------------------
+
+EVERYWHERE = [dotproxy.parse_network(text) for text in ("0.0.0.0/0", "::/0")]
+STRANGER = "198.51.100.1"
+
+
+class AdmissionTest(DotproxyTestCase):
+    def test_local_addresses_are_admitted_and_never_limited(self) -> None:
+        admission = dotproxy.Admission(rate=1)
+
+        for host in (
+            *("127.0.0.1", "127.255.255.255", "10.9.8.7", "172.16.0.1"),
+            *("172.31.255.255", "192.168.1.1", "169.254.1.1", "100.64.0.1"),
+            *("100.127.255.255", "::1", "fe80::1", "fe80::1%eth0", "fd00::1"),
+            *("::ffff:10.0.0.1", "::ffff:127.0.0.1"),
+        ):
+            with self.subTest(host):
+                self.assertTrue(admission.admits(host))
+                verdicts = {admission.verdict(host, 0.0) for _ in range(9)}
+                self.assertEqual(verdicts, {Verdict.ALLOW})
+                self.assertIn(host, admission.free)
+
+    def test_public_addresses_are_strangers_by_default(self) -> None:
+        admission = dotproxy.Admission()
+
+        for host in (
+            *(STRANGER, "8.8.8.8", "172.15.255.255", "172.32.0.0", "192.169.0.0"),
+            *("100.63.255.255", "100.128.0.0", "0.0.0.0", "224.0.0.251"),
+            *("::", "::2", "2001:db8::1", "fec0::1", "::ffff:198.51.100.1"),
+        ):
+            with self.subTest(host):
+                self.assertFalse(admission.admits(host))
+        self.assertEqual(admission.free, set())
+
+    def test_allow_replaces_the_default(self) -> None:
+        admission = dotproxy.Admission([dotproxy.parse_network("198.51.100.0/24")])
+
+        self.assertTrue(admission.admits(STRANGER))
+        self.assertTrue(admission.admits(f"::ffff:{STRANGER}"))
+        self.assertFalse(admission.admits("10.0.0.1"))
+
+    def test_strangers_share_20_refusals_then_10_a_second(self) -> None:
+        admission = dotproxy.Admission()
+
+        def refused(now: float) -> int:
+            hosts = [f"198.51.100.{n}" for n in range(100)]
+            verdicts = [admission.verdict(host, now) for host in hosts]
+            self.assertLessEqual(set(verdicts), {Verdict.REFUSE, Verdict.IGNORE})
+            return verdicts.count(Verdict.REFUSE)
+
+        counts = [refused(now) for now in (5.0, 5.0, 5.5, 99.0)]
+        self.assertEqual(counts, [20, 0, 5, 20])
+
+    def test_public_client_over_its_rate_slips_every_second_query(self) -> None:
+        admission = dotproxy.Admission(EVERYWHERE, rate=5)
+
+        verdicts = [admission.verdict(STRANGER, 7.0) for _ in range(14)]
+
+        self.assertEqual(verdicts[:10], [Verdict.ALLOW] * 10)
+        self.assertEqual(verdicts[10:], [Verdict.TRUNCATE, Verdict.DROP] * 2)
+        self.assertEqual(admission.verdict(STRANGER, 7.2), Verdict.ALLOW)
+
+    def test_rate_is_that_of_an_ipv4_address_or_an_ipv6_56(self) -> None:
+        admission = dotproxy.Admission(EVERYWHERE, rate=0.5)
+        admission.verdict(STRANGER, 0.0)
+        admission.verdict("2001:db8:0:1::1", 0.0)
+
+        for host, allowed in (
+            (STRANGER, False),
+            (f"::ffff:{STRANGER}", False),
+            ("198.51.100.2", True),
+            ("2001:db8:0:ff::9", False),
+            ("2001:db8:0:100::1", True),
+        ):
+            with self.subTest(host):
+                verdict = admission.verdict(host, 0.0)
+                self.assertEqual(verdict is Verdict.ALLOW, allowed)
+
+    def test_limit_for_all_counts_local_clients(self) -> None:
+        admission = dotproxy.Admission(rate=0.5, limit_all=True)
+
+        verdicts = [admission.verdict("127.0.0.1", 0.0) for _ in range(2)]
+
+        self.assertEqual(verdicts, [Verdict.ALLOW, Verdict.TRUNCATE])
+
+    def test_rate_0_limits_nobody(self) -> None:
+        admission = dotproxy.Admission(EVERYWHERE, rate=0, limit_all=True)
+
+        self.assertEqual(admission.verdict(STRANGER, 0.0), Verdict.ALLOW)
+        self.assertIn(STRANGER, admission.free)
+        self.assertEqual(admission.pace(STRANGER, 1000, 0.0), (1000, 0.0))
+
+    def test_streams_over_the_rate_take_turns(self) -> None:
+        admission = dotproxy.Admission(EVERYWHERE, rate=10)
+
+        taken, ready_at = admission.pace(STRANGER, 19, 3.0)
+        self.assertEqual(taken, 19)
+        self.assertLess(ready_at, 3.0)
+        for count, taken, expected in (
+            *((9, 1, 3.05), (9, 1, 3.15), (9, 1, 3.25)),
+            *((0, 0, 3.25), (9, 1, 3.35)),
+        ):
+            got, ready_at = admission.pace(STRANGER, count, 3.0)
+            self.assertEqual(got, taken)
+            self.assertAlmostEqual(ready_at, expected)
+
+    def test_forged_datagrams_leave_a_clients_streams_alone(self) -> None:
+        admission = dotproxy.Admission(EVERYWHERE, rate=1)
+        for _ in range(100):
+            admission.verdict(STRANGER, 0.0)
+
+        self.assertLess(admission.pace(STRANGER, 1, 0.0)[1], 0.0)
+
+    def test_known_clients_are_bounded(self) -> None:
+        admission = dotproxy.Admission()
+        with mock.patch.object(dotproxy.Admission, "MAX_KNOWN", 10):
+            for number in range(25):
+                admission.verdict(f"10.0.0.{number}", 0.0)
+
+        self.assertEqual(len(admission.free), 5)
+
+
+class RateLimiterTest(DotproxyTestCase):
+    def test_rate_holds_over_a_long_time(self) -> None:
+        limiter = dotproxy.RateLimiter(50, 100)
+
+        times = [1e6 + n / 1000 for n in range(10_000)]
+        taken = sum(limiter.refusals(b"a", now) == 0 for now in times)
+
+        self.assertAlmostEqual(taken, 100 + 500, delta=1)
+
+    def test_refusals_are_counted_by_prefix(self) -> None:
+        limiter = dotproxy.RateLimiter(1, 1)
+
+        counts = [limiter.refusals(prefix, 0.0) for prefix in (b"a", b"b") * 3]
+
+        self.assertEqual(counts, [0, 0, 1, 1, 2, 2])
+
+    def test_longest_unused_prefix_is_forgotten_first(self) -> None:
+        limiter = dotproxy.RateLimiter(1, 1)
+        with mock.patch.object(dotproxy.RateLimiter, "MAX_PREFIXES", 2):
+            counts = [limiter.refusals(prefix, 0.0) for prefix in (b"a", b"b", b"a")]
+            counts += [limiter.refusals(prefix, 0.0) for prefix in (b"c", b"a", b"b")]
+
+        self.assertEqual(counts, [0, 0, 1, 0, 2, 0])
+
+
+class ShortAnswerTest(DotproxyTestCase):
+    EDE = dotproxy.UDPServer.PROHIBITED
+
+    def refusal(self, message: bytes) -> Message:
+        got = dotproxy.build_short_answer(message, Rcode.REFUSED, options=self.EDE)
+        self.assertLessEqual(len(got), len(message))
+        return parse(got)
+
+    def test_no_answer_is_longer_than_its_query(self) -> None:
+        seeds = [
+            *(query(), query(do=True), query(LONGEST_NAME), query(b"\0", 255)),
+            query(b"\0", 255, do=False),
+            query(do=True, options=option(COOKIE, bytes(8))),
+            query(do=True, options=option(PADDING, bytes(400))),
+            query("a", "AXFR", do=False, edns_version=1),
+        ]
+        for message in [*seeds, *filter(dotproxy.answerable, damaged(seeds, 3000))]:
+            self.refusal(message)
+            got = dotproxy.build_short_answer(message, Rcode.NOERROR, flags=TC)
+            self.assertLessEqual(len(got), len(message))
+
+    def test_refusal_has_the_error_and_its_text_where_they_fit(self) -> None:
+        for size, error in ((0, None), (2, b""), (50, self.EDE[0][6:])):
+            padding = option(PADDING, bytes(size)) if size else b""
+            got = self.refusal(query(do=True, options=padding))
+            with self.subTest(size=size):
+                assert got.opt is not None
+                self.assertEqual(got.rcode, Rcode.REFUSED)
+                found = [(code, octets[2:]) for code, octets in got.opt.options]
+                self.assertEqual(found, [] if error is None else [(EDE, error)])
+
+    def test_refusal_for_a_client_without_opt_has_none(self) -> None:
+        got = self.refusal(query(id=7))
+
+        self.assertEqual((got.id, got.rcode, got.opt), (7, Rcode.REFUSED, None))
+
+    def test_refusal_of_what_cannot_be_parsed_is_a_header(self) -> None:
+        got = self.refusal(b"\x12\x34" + bytes(10))
+
+        self.assertEqual((got.id, got.rcode, len(got.raw)), (0x1234, 5, 12))
+
+    def test_truncated_answer_has_the_question_alone(self) -> None:
+        for do in (None, True):
+            asked = query("wWw.example", id=9, do=do)
+            got = parse(dotproxy.build_short_answer(asked, Rcode.NOERROR, flags=TC))
+            with self.subTest(do=do):
+                self.assertEqual((got.id, got.rcode, got.flags & TC), (9, 0, TC))
+                self.assertEqual(got.question, parse(asked).question)
+                self.assertEqual((got.answers, got.opt is None), ([], do is None))
 
 
 # ---- Servers -------------------------------------------------------------------------
@@ -6379,6 +6577,213 @@ class UDPServerTest(DotproxyTestCase):
             client.send(query() + bytes(30000))
 
             self.assertEqual(parse(client.receive()).rcode, Rcode.FORMERR)
+
+
+class TurningAwayTest(DotproxyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.proxy = mock.Mock()
+        self.proxy.lookup.return_value = b"answer"
+        self.sent: list[bytes] = []
+
+    def ask(self, admission: dotproxy.Admission, host: str, count: int = 1) -> None:
+        """Hand the server so many queries from a client, in one batch."""
+        server = dotproxy.UDPServer(
+            (LOCALHOST, 0), self.proxy, mock.Mock(), admission=admission, clock=Clock()
+        )
+        self.addCleanup(server.server_close)
+        batch: list[dotproxy.Datagram] = [(query(do=True), (host, 1), [])] * count
+        reply = mock.patch.object(server, "reply", lambda *a: self.sent.append(a[2]))
+        with reply:
+            server.process_request(batch, ("", 0))
+
+    def test_stranger_is_refused_20_times_then_ignored(self) -> None:
+        self.ask(dotproxy.Admission(), STRANGER, 30)
+
+        self.assertEqual([parse(got).rcode for got in self.sent], [Rcode.REFUSED] * 20)
+        self.proxy.lookup.assert_not_called()
+
+    def test_local_client_among_strangers_is_answered(self) -> None:
+        self.ask(dotproxy.Admission(), "10.0.0.1", 3)
+
+        self.assertEqual(self.sent, [b"answer"] * 3)
+
+    def test_client_over_its_rate_is_sent_to_tcp_every_second_time(self) -> None:
+        self.ask(dotproxy.Admission(EVERYWHERE, rate=2), STRANGER, 8)
+
+        self.assertEqual(self.sent[:4], [b"answer"] * 4)
+        flags = [(parse(got).rcode, parse(got).flags & TC) for got in self.sent[4:]]
+        self.assertEqual(flags, [(0, TC)] * 2)
+
+    def test_stranger_is_refused_over_udp_and_closed_over_tcp(self) -> None:
+        with serving(answer, "--allow=192.0.2.0/24") as served:
+            with UDPClient(served.address) as udp, TCPClient(served.address) as tcp:
+                udp.send(query(do=True, options=option(PADDING, bytes(99))))
+                got = parse(udp.receive())
+                self.assertEqual(got.rcode, Rcode.REFUSED)
+                self.assertEqual(extended_errors(got), [18])
+                self.assertRaises((EOFError, ConnectionError), tcp.receive)
+            names = [thread.name for thread in threading.enumerate()]
+
+        self.assertFalse([name for name in names if name.startswith("stream")])
+
+    def exceed(self, client: TCPClient, excess: int = 2) -> float:
+        """Have more queries answered than may come at once; return the time before.
+
+        At 20 queries/s, 40 at once, the next is read when half a token is there: with
+        an excess of 2 after 0.125 s.
+        """
+        started = time.monotonic()
+        client.send(*[query(id=n) for n in range(40 + excess)])
+        ids = {parse(client.receive()).id for _ in range(40 + excess)}
+        self.assertEqual(ids, set(range(40 + excess)))
+        return started
+
+    def test_slowed_stream_does_not_spin(self) -> None:
+        options = "--rate-limit=20", "--rate-limit-all"
+        with serving(answer, *options) as served:
+            clock = served.tcp.clock = mock.Mock(wraps=time.monotonic)
+            with TCPClient(served.address) as client:
+                self.exceed(client, excess=1)
+                before = clock.call_count
+                client.send(*[query(id=n) for n in range(5)])
+                for _ in range(5):
+                    client.receive()
+
+        self.assertLess(clock.call_count - before, 200)
+
+    def test_stream_over_its_rate_is_read_later(self) -> None:
+        options = "--rate-limit=20", "--rate-limit-all"
+        with serving(answer, *options) as served, TCPClient(served.address) as client:
+            started = self.exceed(client)
+            client.send(query(id=42))
+            self.assertEqual(parse(client.receive()).id, 42)
+            took = time.monotonic() - started
+
+        self.assertGreater(took, 0.124)
+
+    def test_half_closed_stream_over_its_rate_gets_its_answers(self) -> None:
+        options = "--rate-limit=20", "--rate-limit-all"
+        with serving(answer, *options) as served, TCPClient(served.address) as client:
+            client.send(*[query(id=n) for n in range(43)])
+            client.half_close()
+            ids = {parse(client.receive()).id for _ in range(43)}
+
+        self.assertEqual(ids, set(range(43)))
+
+    def test_queries_read_are_served_before_more_is_read(self) -> None:
+        one = mock.patch.object(dotproxy.Admission, "pace", lambda *a: (a[2] > 0, 0.0))
+        with one, serving() as served, TCPClient(served.address) as client:
+            client.send(*[query(id=n) for n in range(9)])
+            ids = {parse(client.receive()).id for _ in range(9)}
+
+        self.assertEqual(ids, set(range(9)))
+
+    def test_new_stream_of_a_client_over_its_rate_waits_as_well(self) -> None:
+        options = "--rate-limit=20", "--rate-limit-all"
+        with serving(answer, *options) as served:
+            with TCPClient(served.address) as client:
+                started = self.exceed(client)
+            with TCPClient(served.address) as client:
+                client.send(query())
+                client.receive()
+            took = time.monotonic() - started
+
+        self.assertGreater(took, 0.124)
+
+    def test_stream_is_not_idle_while_it_is_slowed(self) -> None:
+        options = "--rate-limit=20", "--rate-limit-all"
+        with serving(answer, *options) as served, TCPClient(served.address) as client:
+            started = self.exceed(client, excess=10)
+            served.tcp.idle_timeout = 0.1
+            self.assertRaises((EOFError, ConnectionError), client.receive)
+            took = time.monotonic() - started
+
+        self.assertGreater(took, 0.624)
+
+    def test_slowed_stream_does_not_hold_up_the_end(self) -> None:
+        options = "--rate-limit=1", "--rate-limit-all"
+        with serving(answer, *options) as served, TCPClient(served.address) as client:
+            client.send(*[query(id=n) for n in range(99)])
+            self.assertEqual([parse(client.receive()).id for _ in range(2)], [0, 1])
+            started = time.monotonic()
+
+        self.assertLess(time.monotonic() - started, 10.0)
+
+    def test_networks_with_much_of_the_internet_are_warned_of_once(self) -> None:
+        for text, told in (
+            *(("0.0.0.0/0", True), ("::/0", True), ("128.0.0.0/1", True)),
+            *(("2000::/3", True), ("8.0.0.0/7", True), ("10.0.0.0/7", True)),
+            *(("8.0.0.0/8", False), ("fc00::/7", False), ("fd00::/8", False)),
+            *(("192.0.2.0/24", False), ("2001:db8::/32", False)),
+        ):
+            with (
+                self.subTest(text),
+                mock.patch.object(dotproxy.logger, "warning") as warning,
+            ):
+                dotproxy.warn_of_strangers(configured("--allow", text))
+                self.assertEqual(warning.call_count, told)
+
+
+class ClientsTest(DotproxyTestCase):
+    def handler(self, host: str, active_at: float, in_flight: int = 0) -> mock.Mock:
+        """Return a client as far as its place among others goes."""
+        address = (host, 1)
+        return mock.Mock(
+            client_address=address, active_at=active_at, in_flight=in_flight
+        )
+
+    def test_clients_that_wait_for_a_thread_count(self) -> None:
+        clients = dotproxy.Clients(3, 2)
+
+        accepted = [clients.accept(host) for host in ("a", "a", "a", "b", "c")]
+        self.assertEqual(accepted, [True, True, False, True, False])
+        clients.release("a")
+        self.assertTrue(clients.accept("c"))
+
+    def test_longest_idle_client_of_the_address_or_of_all_makes_room(self) -> None:
+        for host, victim in (("a", 1), ("b", 2), ("c", 2)):
+            clients = dotproxy.Clients(4, 3)
+            handlers = [
+                self.handler("a", 1.0, in_flight=1),
+                *(self.handler("a", 3.0), self.handler("b", 2.0)),
+                self.handler("a", 4.0),
+            ]
+            for handler in handlers:
+                clients.accept(handler.client_address[0])
+                clients.enter(handler)
+            with self.subTest(host):
+                self.assertTrue(clients.accept(host))
+                dropped = [h.drop.called for h in handlers]
+                self.assertEqual(dropped, [index == victim for index in range(4)])
+
+    def test_client_that_no_thread_can_serve_is_closed_and_not_counted(self) -> None:
+        clients, pool = dotproxy.Clients(9, 1), dotproxy.WorkerPool("stream", 1, 0)
+        server = dotproxy.TCPServer(
+            (LOCALHOST, 0), mock.Mock(), pool, clients, admission=dotproxy.Admission()
+        )
+        self.addCleanup(server.server_close)
+        near, far = socket.socketpair()
+        with near, far:
+            server.process_request(near, ("192.0.2.1", 1))
+            self.assertEqual(far.recv(1), b"")
+
+        self.assertTrue(clients.accept("192.0.2.1"))
+
+    def test_addresses_without_clients_are_forgotten(self) -> None:
+        clients = dotproxy.Clients(2, 1)
+        for number in range(9):
+            clients.accept(f"192.0.2.{number}")
+            clients.release(f"192.0.2.{number}")
+
+        self.assertEqual(clients._accepted, {})
+
+    def test_client_that_is_gone_is_counted_no_more(self) -> None:
+        with serving(answer, "--max-tcp-per-client=1") as served:
+            with TCPClient(served.address) as client:
+                client.send(query())
+                client.receive()
+            wait_until(lambda: served.tcp.clients.accept(LOCALHOST))
 
 
 def slow_name(hold: Hold) -> Script:
@@ -7833,6 +8238,9 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("max_in_flight", "77", 77),
     ("max_tcp_clients", "7", 7),
     ("max_tcp_per_client", "5", 5),
+    ("allow", "192.0.2.0/24", (ipaddress.ip_network("192.0.2.0/24"),)),
+    ("rate_limit", "20", 20),
+    ("rate_limit_all", "yes", True),
     ("cache_size", "64K", 65536),
     ("cache_min_ttl", "30", 30),
     ("cache_max_ttl", "3600", 3600),
@@ -8007,6 +8415,29 @@ class ConfigTest(DotproxyTestCase):
 
         self.assertEqual(config.pin, (("dot.test", GOOD_PIN),))
 
+    def test_flag_needs_no_value_on_the_command_line(self) -> None:
+        config = configured("--rate-limit-all", "--rate-limit=7")
+
+        self.assertEqual((config.rate_limit_all, config.rate_limit), (True, 7))
+
+    def test_flag_in_the_environment(self) -> None:
+        for text, value in {"1": True, "true": True, "Yes": True, "no": False}.items():
+            with self.subTest(text):
+                config = configured(RATE_LIMIT_ALL=text)
+                self.assertIs(config.rate_limit_all, value)
+
+    def test_allow_syntax(self) -> None:
+        for text, network in {
+            "192.0.2.1": "192.0.2.1/32",
+            "192.0.2.7/24": "192.0.2.0/24",
+            "2001:DB8::1/32": "2001:db8::/32",
+            "0.0.0.0/0": "0.0.0.0/0",
+            "::/0": "::/0",
+        }.items():
+            with self.subTest(text):
+                (found,) = configured("--allow", text).allow
+                self.assertEqual(str(found), network)
+
     def test_defaults_are_as_documented(self) -> None:
         config = configured()
 
@@ -8084,6 +8515,12 @@ class ConfigTest(DotproxyTestCase):
             (["--max-in-flight=0"], ["'0'", "1 to 30000"]),
             (["--max-in-flight=1.5"], ["'1.5'"]),
             (["--max-tcp-clients=x"], ["'x'", "1 to 10000"]),
+            (["--allow=192.0.2.0/33"], ["'192.0.2.0/33'", "192.0.2.0/24"]),
+            (["--allow=everybody"], ["'everybody'", "2001:db8::/32"]),
+            (["--allow=::ffff:192.0.2.0/120"], ["IPv4 network"]),
+            (["--allow="], ["''"]),
+            (["--rate-limit=-1"], ["'-1'", "0 to"]),
+            (["--rate-limit-all=perhaps"], ["'perhaps'", "yes or no"]),
             (["--cache-size=-1"], ["'-1'", "32M"]),
             (["--cache-size=1KM"], ["'1KM'"]),
             (["--cache-size=M"], ["'M'"]),
@@ -8323,7 +8760,7 @@ class HostExaminationTest(DotproxyTestCase):
         self.assertIn("held by dotproxy (pid 7), which runs; healthy", finding.detail)
 
     def test_running_dotproxy_that_is_not_healthy_is_noted(self) -> None:
-        sick = dotproxy.Verdict(False, "upstream down: no answer")
+        sick = dotproxy.Checkup(False, "upstream down: no answer")
         with mock.patch.object(dotproxy, "check_health", return_value=sick):
             finding = dotproxy.examine_holder(
                 "port", (LOCALHOST, 1), ["dotproxy (pid 7)"], "taken; stop it"

@@ -10,7 +10,7 @@ Each DoT server program stands behind the proxy in turn, with a certificate made
 the run, and every client program asks through it. Then come load over a slow link,
 certificates that must be refused, servers that die or hang, domains with servers of
 their own, what the host does with the process (another user, few descriptors, systemd),
-and what the health check and the doctor say of all that.
+what the health check and the doctor say of all that, and hostile clients.
 
 Where the system allows it, all of this happens in a network and a mount namespace of
 its own: no port can clash, nothing leaves the machine, and the system's resolver can
@@ -25,6 +25,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -555,13 +556,14 @@ class Proxy:
         *,
         name: str = f"#{TLS_NAME}",
         listen: str = "",
-        options: tuple[str, ...] = (),
+        options: Sequence[str] = (),
         prefix: Sequence[str] = (),
         activated: bool = False,
         variables: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.lab = lab
         self.port = free_port()
+        self.upstream_port = upstream_port
         listen_options = ["--listen", f"{LOOPBACK}:{self.port}"]
         if listen:
             listen_options += ["--listen", listen]
@@ -953,6 +955,12 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join(self._count * self._interval + PATIENCE + 5)
+
+    def finish(self) -> None:
+        """Run it, if it is not run as a context."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self.__exit__()
 
     def _run(self) -> None:
         start = time.monotonic()
@@ -1807,6 +1815,341 @@ DOCTOR_CHECKS: dict[str, Callable[[Lab], None]] = {
 }
 
 
+# ---- Hostile clients -----------------------------------------------------------------
+# One proxy for crowds and garbage, which must be as it was when all that is over.
+
+POOL_SECONDS = 20.0  # after which a thread of the proxy that has no work ends
+CROWD_SECONDS = 6.0
+FUZZ_DATAGRAMS = 20_000
+FUZZ_STREAMS = 2_000
+
+
+class Resources(NamedTuple):
+    """What a process holds."""
+
+    threads: int
+    descriptors: int
+    megabytes: float
+
+    @classmethod
+    def of(cls, process: Process) -> Resources:
+        directory = Path(f"/proc/{process.pid}")
+        fields = dict(
+            line.split(":", 1) for line in (directory / "status").open() if ":" in line
+        )
+        kilobytes = int(fields["VmRSS"].split()[0])
+        descriptors = len(list((directory / "fd").iterdir()))
+        return cls(int(fields["Threads"]), descriptors, kilobytes / 1024)
+
+
+class Target(NamedTuple):
+    """A proxy, and what it held before it was attacked."""
+
+    proxy: Proxy
+    before: Resources
+
+
+@contextlib.contextmanager
+def target(lab: Lab) -> Iterator[Target]:
+    """Run a proxy that has answered some queries."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port) as proxy:
+        expect_undisturbed(Load(proxy.port, rate=200, seconds=0.5))
+        yield Target(proxy, Resources.of(proxy.process))
+
+
+def expect_undisturbed(load: Load, worst: float = PATIENCE) -> None:
+    """Expect right answers to a load that has run or runs now, 99 % of them soon.
+
+    The calmest third of the time counts: others may use the machine as well.
+    """
+    load.finish()
+    outcomes = load.outcomes()
+    expect(all(o.result == "right" for o in outcomes), summary(outcomes))
+    size = len(outcomes) // 3
+    thirds = [outcomes[start : start + size] for start in range(0, 3 * size, size)]
+    late = min(sorted(o.seconds for o in third)[-size // 100] for third in thirds)
+    expect(late < worst, f"99th percentile {late:.4f} s, {summary(outcomes)}")
+
+
+def expect_no_error(process: Process) -> None:
+    process.send(signal.SIGUSR1)  # an error here: it has died
+    output = process.output()
+    expect(not re.search("Traceback| ERROR ", output), output[-1000:])
+
+
+def connect(port: int, source: str = LOOPBACK) -> socket.socket:
+    return socket.create_connection((LOOPBACK, port), 5, (source, 0))
+
+
+def ask_over_tcp(port: int, number: int) -> float:
+    """Ask over a new connection; return how long the right answer took."""
+    query, started = build_query(number), time.monotonic()
+    with connect(port) as client, client.makefile("rb") as file:
+        client.sendall(len(query).to_bytes(2, "big") + query)
+        message = file.read(int.from_bytes(file.read(2), "big"))
+    result = result_of(query, message) if len(message) > 12 else "no answer"
+    expect(result == "right", f"over TCP: {result}")
+    return time.monotonic() - started
+
+
+def check_crowd(target: Target) -> None:
+    """Many hold connections, some send an octet a second, one never reads."""
+    port = target.proxy.port
+    with contextlib.ExitStack() as stack:
+        crowd = [
+            stack.enter_context(connect(port, f"127.0.0.{10 + number % 8}"))
+            for number in range(1000)
+        ]
+        drips = [
+            stack.enter_context(connect(port, f"127.0.0.{20 + number % 2}"))
+            for number in range(200)
+        ]
+        deaf = stack.enter_context(connect(port, "127.0.0.30"))
+        deaf.setblocking(False)
+        octets, times = build_query(1), []
+        questions = (len(octets).to_bytes(2, "big") + octets) * 300
+        with Load(port, rate=200, seconds=CROWD_SECONDS) as load:
+            for second in range(int(CROWD_SECONDS)):
+                for client in drips:
+                    with contextlib.suppress(OSError):  # it was made room of
+                        client.send(octets[second : second + 1])
+                for part in range(5):
+                    with contextlib.suppress(OSError):
+                        deaf.send(questions)
+                    times.append(ask_over_tcp(port, second * 5 + part))
+                    time.sleep(0.18)
+        expect(len(crowd) == 1000, "fewer clients than meant")
+    expect(max(times) < 0.2, f"a new TCP client waited {max(times):.3f} s")
+    expect_undisturbed(load, worst=0.020)
+    expect_no_error(target.proxy.process)
+
+
+def mutate(message: bytes, dice: random.Random) -> bytes:
+    """Damage a message, or make up another."""
+    kind = dice.randrange(4)
+    if kind == 0:
+        return bytes(dice.randrange(256) for _ in range(dice.randrange(100)))
+    place = dice.randrange(len(message))
+    if kind == 1:
+        return message[:place]
+    if kind == 2:
+        return message + message[place:]
+    octets = bytearray(message)
+    for _ in range(dice.randrange(1, 4)):
+        octets[dice.randrange(len(octets))] = dice.randrange(256)
+    return bytes(octets)
+
+
+def hostile_seeds() -> list[bytes]:
+    """Build queries worth damaging: plain ones, and with OPT and several options."""
+    opt = b"\0\0\x29\x04\xd0\0\0\x80\0"
+    options = b"\0\x0a\0\x08cookie..\0\x0c\0\x04pad.", b"\0\x08\0\x04\0\x01\0\0"
+    plain = [build_query(number) for number in range(50)]
+    return plain + [
+        message[:11] + b"\1" + message[12:] + opt + bytes([0, len(each)]) + each
+        for message in plain
+        for each in (b"", *options)
+    ]
+
+
+def send_garbage(port: int, seeds: list[bytes], dice: random.Random) -> None:
+    """Send damaged datagrams, and damaged streams of which 20 are open at a time."""
+    streams: list[socket.socket] = []
+    with socket.socket(type=socket.SOCK_DGRAM) as client:
+        for number in range(FUZZ_DATAGRAMS):
+            client.sendto(mutate(dice.choice(seeds), dice), (LOOPBACK, port))
+            if number % (FUZZ_DATAGRAMS // FUZZ_STREAMS) == 0:
+                streams.append(garbage_stream(port, seeds, dice))
+                time.sleep(0.001)
+            if len(streams) > 20:
+                streams.pop(0).close()
+    for stream in streams:
+        stream.close()
+
+
+def garbage_stream(port: int, seeds: list[bytes], dice: random.Random) -> socket.socket:
+    stream = connect(port)
+    messages = [dice.choice(seeds) for _ in range(dice.randrange(1, 4))]
+    octets = b"".join(len(each).to_bytes(2, "big") + each for each in messages)
+    if dice.randrange(3) == 0:  # closing it is a reset
+        linger = struct.pack("ii", 1, 0)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    with contextlib.suppress(OSError):
+        stream.sendall(mutate(octets, dice))
+    return stream
+
+
+def check_fuzz(target: Target) -> None:
+    port, process = target.proxy.port, target.proxy.process
+    seed = random.randrange(1 << 32)
+    with Load(port, rate=100, seconds=5) as load:
+        send_garbage(port, hostile_seeds(), random.Random(seed))
+    try:
+        expect_undisturbed(load)
+        expect_no_error(process)
+        ask_over_tcp(port, 1)
+    except CheckError as error:
+        raise CheckError(f"{error} (seed {seed})") from None
+
+
+def check_clients_beyond_descriptors(target: Target) -> None:
+    """More TCP clients come than the proxy has descriptors for."""
+    lab, upstream_port = target.proxy.lab, target.proxy.upstream_port
+    limited = ["prlimit", "--nofile=64:64"]
+    with Proxy(lab, upstream_port, prefix=limited) as proxy:
+        with Load(proxy.port, rate=100, seconds=4) as load:
+            with contextlib.ExitStack() as stack:
+                for _ in range(100):
+                    stack.enter_context(connect(proxy.port))
+                time.sleep(0.5)
+                before = proxy.process.cpu_seconds()
+                time.sleep(2)
+                spent = proxy.process.cpu_seconds() - before
+            time.sleep(0.5)
+            took = ask_over_tcp(proxy.port, 1)
+        expect_undisturbed(load)
+        expect(spent < 0.4, f"{spent:.2f} s of CPU in 2 s with nothing to do")
+        expect(took < 0.5, f"a TCP client waited {took:.3f} s after the others went")
+        expect_no_error(proxy.process)
+
+
+def check_rate(target: Target) -> None:
+    """A client over its rate is sent to TCP, and gets its answers there, later."""
+    options = "--rate-limit=20", "--rate-limit-all"
+    lab, upstream_port = target.proxy.lab, target.proxy.upstream_port
+    with Proxy(lab, upstream_port, options=options) as proxy:
+        with socket.socket(type=socket.SOCK_DGRAM) as client:
+            client.settimeout(1)
+            client.connect((LOOPBACK, proxy.port))
+            for number in range(60):
+                client.send(build_query(number))
+            flags = [client.recv(4096)[2] for _ in range(50)]  # 40 and half of 20
+        truncated = sum(flag & 2 > 0 for flag in flags)
+        expect(8 <= truncated <= 10, f"{truncated} truncated answers")
+        names = " ".join(f"name{number}.{BENCH}" for number in range(60))
+        started, before = time.monotonic(), proxy.process.cpu_seconds()
+        output = ask(proxy, f"{DIG} +tcp +keepopen +short {names}")
+        took, spent = time.monotonic() - started, proxy.process.cpu_seconds() - before
+        expect(output.split() == [BENCH_ADDRESS] * 60, output)
+        expect(0.9 < took < 3, f"60 queries over TCP took {took:.2f} s")
+        expect(spent < 0.3, f"{spent:.2f} s of CPU for 60 queries")
+
+
+# Asks from an address, prints the octets sent and received, and how TCP ended. What is
+# asked: A and ANY, with and without OPT, cookie and padding, and what is no query.
+STRANGER = """
+import socket, struct, sys, time
+source, server, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+opt = b"\\0\\0\\x29\\x10\\0\\0\\0\\x80\\0"
+tails = [b"", opt + b"\\0\\0", opt + b"\\0\\x0c\\0\\x0a\\0\\x08" + bytes(8)]
+tails.append(opt + b"\\x01\\x04\\0\\x0c\\x01\\0" + bytes(256))
+question = b"\\4many\\7example\\3com\\0"
+bodies = [
+    struct.pack("!5H", 0x0100, 1, 0, 0, bool(t)) + question + q + b"\\0\\1" + t
+    for t in tails for q in (b"\\0\\1", b"\\0\\xff")
+]
+bodies.append(bytes(10))
+udp = socket.socket(type=socket.SOCK_DGRAM)
+udp.bind((source, 0))
+udp.settimeout(1)
+sizes, came = {}, {}
+def receive():
+    message = udp.recv(65535)
+    came[message[:2]] = len(message)
+for number in range(1000):
+    ident = number.to_bytes(2, "big")
+    sizes[ident] = udp.sendto(ident + bodies[number % len(bodies)], (server, port))
+    time.sleep(0.001)
+try:
+    while True:
+        receive()
+except socket.timeout:
+    pass
+tcp = socket.create_connection((server, port), 5, (source, 0))
+try:
+    end = tcp.recv(1)
+except ConnectionError:
+    end = b""
+longer = sum(size > sizes[ident] for ident, size in came.items())
+print("in", sum(sizes.values()), "out", sum(came.values()), "answers", len(came))
+print("longer", longer, "tcp", "closed" if end == b"" else "open")
+"""
+
+
+@contextlib.contextmanager
+def other_host(addresses: Sequence[tuple[str, str]]) -> Iterator[list[str]]:
+    """Link a second network namespace; yield the command prefix to run there.
+
+    `addresses`: pairs of an address here and one there, of the same /24.
+    """
+    holder = subprocess.Popen(["unshare", "--net", "sleep", "60"])
+    try:
+        ours = os.readlink("/proc/self/ns/net")
+        while os.readlink(f"/proc/{holder.pid}/ns/net") == ours:
+            time.sleep(0.01)
+        there = ["nsenter", "--net", "--target", str(holder.pid)]
+        peer = f"peer name there netns {holder.pid}"
+        run(*f"ip link add here type veth {peer}".split())
+        for near, far in addresses:
+            run(*f"ip addr add {near}/24 dev here".split())
+            run(*there, *f"ip addr add {far}/24 dev there".split())
+        run("ip", "link", "set", "here", "up")
+        run(*there, "ip", "link", "set", "there", "up")
+        yield there
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def check_strangers(target: Target) -> None:
+    """By default a private address is served, a public one is refused."""
+    if not in_namespace():
+        raise Skipped("needs the right to make network namespaces")
+    lab, upstream_port, port = target.proxy.lab, target.proxy.upstream_port, free_port()
+    private, public = ("10.77.0.1", "10.77.0.2"), ("198.51.100.1", "198.51.100.2")
+    listening = Proxy(lab, upstream_port, listen=f"0.0.0.0:{port}")
+    with other_host([private, public]) as there, listening as proxy:
+        dig = [*there, "dig", "-p", str(port), "+tries=1", "+time=2", "+padding=200"]
+        for transport in ("+notcp", "+tcp"):
+            output = run(*dig, transport, f"@{private[0]}", HOST)
+            expect_match(IPV4, output)
+        output = run(*dig, f"@{public[0]}", HOST)
+        expect_match(r"status: REFUSED", output)
+        expect_match(r"EDE: 18 \(Prohibited\)", output)
+        script = [*there, sys.executable, "-c", STRANGER, public[1], public[0]]
+        output = run(*script, str(port))
+        numbers = re.search(r"in (\d+) out (\d+) answers (\d+)", output)
+        sent, received, answers = map(int, numbers.groups() if numbers else (0, 1, 0))
+        expect(received <= sent and 10 <= answers <= 50, output)
+        expect_match("longer 0 tcp closed", output)
+        expect_no_error(proxy.process)
+
+
+def check_as_before(target: Target) -> None:
+    """Compare, once threads without work have had time to end."""
+    deadline = time.monotonic() + POOL_SECONDS + 3
+    while True:
+        now = Resources.of(target.proxy.process)
+        threads, descriptors, megabytes = (a - b for a, b in zip(now, target.before))
+        if threads <= 1 and descriptors <= 1:  # an upstream connection comes and goes
+            break
+        expect(time.monotonic() < deadline, f"{target.before} before, {now} after")
+        time.sleep(0.2)
+    expect(megabytes < 40, f"{target.before} before, {now} after")  # a cache of 32 MiB
+
+
+HOSTILE_CHECKS: dict[str, Callable[[Target], None]] = {
+    f"{FUZZ_DATAGRAMS:,} datagrams and {FUZZ_STREAMS:,} streams": check_fuzz,
+    "1,000 idle TCP clients, 200 slow ones, one that never reads": check_crowd,
+    "64 descriptors, 100 TCP clients: UDP and CPU": check_clients_beyond_descriptors,
+    "over the rate: TC over UDP, slower over TCP": check_rate,
+    "strangers": check_strangers,
+    "threads, descriptors and memory as before": check_as_before,
+}
+
+
 # ---- Bench ---------------------------------------------------------------------------
 # The proxy and unbound, one after the other, before the same dnsdist.
 
@@ -1925,7 +2268,9 @@ class Group(Generic[T]):
                     self.checks[name](subject)
 
 
-GROUPS: list[Group[Proxy] | Group[EncryptedProxy] | Group[Lab] | Group[Horizon]] = [
+GROUPS: list[
+    Group[Proxy] | Group[EncryptedProxy] | Group[Lab] | Group[Horizon] | Group[Target]
+] = [
     *(Group(name, partial(proxy_before, name), CLIENT_CHECKS) for name in PROGRAMS),
     Group("load", proxy_far_from_server, LOAD_CHECKS),
     Group("encrypted", encrypted_proxy, ENCRYPTED_CHECKS),
@@ -1934,6 +2279,7 @@ GROUPS: list[Group[Proxy] | Group[EncryptedProxy] | Group[Lab] | Group[Horizon]]
     Group("split horizon", split_horizon, HORIZON_CHECKS),
     Group("host", contextlib.nullcontext, HOST_CHECKS),
     Group("doctor", contextlib.nullcontext, DOCTOR_CHECKS),
+    Group("hostile", target, HOSTILE_CHECKS),
 ]
 
 
