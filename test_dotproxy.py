@@ -93,7 +93,7 @@ OPT = 41
 RRTYPES = {
     **{"A": 1, "NS": 2, "CNAME": 5, "SOA": 6, "PTR": 12, "MX": 15, "TXT": 16},
     **{"AAAA": 28, "SRV": 33, "DS": 43, "RRSIG": 46, "NSEC": 47, "DNSKEY": 48},
-    **{"SVCB": 64, "HTTPS": 65, "AXFR": 252, "ANY": 255},
+    **{"HINFO": 13, "SVCB": 64, "HTTPS": 65, "AXFR": 252, "ANY": 255},
 }
 
 
@@ -1488,6 +1488,12 @@ class QueryKeyTest(DotproxyTestCase):
         }.items():
             with self.subTest(name):
                 self.assertNotEqual(self.key(message), self.key(self.BASE))
+
+    def test_any_is_never_in_the_cache(self) -> None:
+        for rrtype, cached in (("ANY", False), (0x01FF, True), (254, True)):
+            with self.subTest(rrtype=rrtype):
+                asked = dotproxy.parse_query(query(rrtype=rrtype))
+                self.assertEqual(bool(asked.cache_key), cached)
 
     def test_type_numbers_that_are_letters_differ_in_key(self) -> None:
         upper, lower = query(rrtype=0x4141), query(rrtype=0x6161)
@@ -5046,6 +5052,340 @@ class CacheBoundTest(DotproxyTestCase):
         self.assertAlmostEqual(self.measure(1 << 24, 100_000, 1, 0), 1.0, delta=0.3)
 
 
+# ---- Local answers -------------------------------------------------------------------
+# What was asked is judged from the answer as a client gets it.
+
+SOA_OF_RFC6303 = struct.pack("!5I", 1, 3600, 1200, 604800, 10800)
+
+
+def local_answer(
+    name: str,
+    rrtype: str | int = "A",
+    *,
+    stream: bool = False,
+    exempt: Sequence[str] = (),
+    rrclass: int = 1,
+    do: bool = False,
+) -> Message | None:
+    """Return the answer that is given here, or None where the upstream is asked."""
+    local = dotproxy.LocalAnswers([dotproxy.encode_domain(text) for text in exempt])
+    asked = dotproxy.parse_query(query(name, rrtype, rrclass=rrclass, do=do), stream)
+    found = local.respond(asked, stream)
+    return parse(dotproxy.build_answer(asked, found)) if found else None
+
+
+def reverse(address: str) -> str:
+    """Return the name under which the name of an address is."""
+    return ipaddress.ip_address(address).reverse_pointer
+
+
+class LocalAnswersTest(DotproxyTestCase):
+    def answer(
+        self, name: str, rrtype: str | int = "A", *, stream: bool = False
+    ) -> Message:
+        answer = local_answer(name, rrtype, stream=stream)
+        assert answer is not None, f"{name} {rrtype} leaves"
+        return answer
+
+    def assert_negative(self, answer: Message, rcode: int, zone: str) -> None:
+        """Expect an empty answer with the SOA record of the zone."""
+        self.assertEqual((answer.rcode, answer.answers), (rcode, []))
+        (entry,) = answer.authority
+        self.assertEqual(
+            (entry.name.lower(), entry.type, entry.rrclass, entry.ttl),
+            (zone, RRTYPES["SOA"], 1, 10800),
+        )
+        start = len(answer.raw) - 11 - len(entry.rdata)  # before the OPT record
+        mname, behind = decode_name(answer.raw, start)
+        rname, behind = decode_name(answer.raw, behind)
+        self.assertEqual((mname.lower(), rname), (zone, "nobody.invalid"))
+        self.assertEqual(answer.raw[behind:-11], SOA_OF_RFC6303)
+
+    def test_localhost_and_all_below_are_the_loopback_addresses(self) -> None:
+        for name in ("localhost", "LocalHost", "a.localhost", "a.b.localhost"):
+            for rrtype, text in (("A", "127.0.0.1"), ("AAAA", "::1")):
+                with self.subTest(name=name, rrtype=rrtype):
+                    answer = self.answer(name, rrtype)
+                    self.assertEqual(answer.addresses, [text])
+                    self.assertEqual([each.name for each in answer.answers], [name])
+                    self.assertEqual(answer.answers[0].ttl, 10800)
+
+    def test_localhost_has_no_other_types(self) -> None:
+        for name in ("localhost", "a.localhost"):
+            for rrtype in ("MX", "TXT", "HTTPS", "PTR"):
+                with self.subTest(name=name, rrtype=rrtype):
+                    answer = self.answer(name, rrtype)
+                    self.assert_negative(answer, 0, "localhost")
+
+    def test_loopback_address_is_named_localhost(self) -> None:
+        for address in ("127.0.0.1", "::1"):
+            with self.subTest(address):
+                (entry,) = self.answer(reverse(address), "PTR").answers
+                found = entry.type, entry.rdata
+                self.assertEqual(found, (12, encode_name("localhost")))
+
+    def test_other_loopback_addresses_have_no_name(self) -> None:
+        for address in ("127.0.0.2", "127.1.0.1", "127.255.255.255"):
+            with self.subTest(address):
+                answer = self.answer(reverse(address), "PTR")
+                self.assert_negative(answer, Rcode.NXDOMAIN, "127.in-addr.arpa")
+
+    def test_name_above_one_that_exists_exists(self) -> None:
+        for name in ("0.127.in-addr.arpa", "0.0.127.in-addr.arpa"):
+            with self.subTest(name):
+                self.assert_negative(self.answer(name, "PTR"), 0, "127.in-addr.arpa")
+
+    def test_special_name_exists_and_nothing_below_it(self) -> None:
+        for zone in ("invalid", "local", "onion", "home.arpa", "service.arpa"):
+            with self.subTest(zone):
+                self.assert_negative(self.answer(zone), 0, zone)
+                for name in (f"a.{zone}", f"A.b.{zone.upper()}"):
+                    self.assert_negative(self.answer(name), Rcode.NXDOMAIN, zone)
+
+    def test_private_address_has_no_name(self) -> None:
+        for address, zone in {
+            "0.1.2.3": "0.in-addr.arpa",
+            "10.1.2.3": "10.in-addr.arpa",
+            "100.64.0.1": "64.100.in-addr.arpa",
+            "100.127.255.255": "127.100.in-addr.arpa",
+            "169.254.1.1": "254.169.in-addr.arpa",
+            "172.16.0.1": "16.172.in-addr.arpa",
+            "172.31.0.1": "31.172.in-addr.arpa",
+            "192.0.2.1": "2.0.192.in-addr.arpa",
+            "192.168.1.1": "168.192.in-addr.arpa",
+            "198.51.100.1": "100.51.198.in-addr.arpa",
+            "203.0.113.1": "113.0.203.in-addr.arpa",
+            "fd12::1": "d.f.ip6.arpa",
+            "fe80::1": "8.e.f.ip6.arpa",
+            "febf::1": "b.e.f.ip6.arpa",
+            "2001:db8::1": "8.b.d.0.1.0.0.2.ip6.arpa",
+        }.items():
+            with self.subTest(address):
+                answer = self.answer(reverse(address), "PTR")
+                self.assert_negative(answer, Rcode.NXDOMAIN, zone)
+
+    def test_address_that_is_a_zone_has_no_data(self) -> None:
+        for address in ("255.255.255.255", "::"):
+            with self.subTest(address):
+                name = reverse(address)
+                self.assert_negative(self.answer(name, "PTR"), 0, name)
+
+    def test_all_zones_of_the_registry_are_there(self) -> None:
+        # RFC 6303 sections 4.1 to 4.6, RFC 7793, and the special names.
+        self.assertEqual(len(dotproxy.LOCAL_ZONES), 18 + 7 + 2 + 1 + 4 + 1 + 64 + 7)
+
+    def test_zone_has_soa_and_ns_records(self) -> None:
+        for rrtype in ("SOA", "NS"):
+            for zone in ("localhost", "10.in-addr.arpa", "resolver.arpa"):
+                with self.subTest(zone=zone, rrtype=rrtype):
+                    (entry,) = self.answer(zone, rrtype).answers
+                    self.assertEqual(entry.type, RRTYPES[rrtype])
+
+    def test_designated_resolver_is_none(self) -> None:
+        for name in ("_dns.resolver.arpa", "a.b.resolver.arpa"):
+            for rrtype in ("SVCB", "A"):
+                with self.subTest(name=name, rrtype=rrtype):
+                    self.assert_negative(self.answer(name, rrtype), 0, "resolver.arpa")
+
+    def test_ordinary_name_leaves(self) -> None:
+        for name in (
+            *("example.com", "notlocalhost", "xlocal", "foo.local.example.com", "."),
+            *("latest", "nonion", "locally", "internal", "example", "a", "ab", "abc"),
+            *("arpa", "in-addr.arpa", "172.in-addr.arpa", "15.172.in-addr.arpa"),
+            *("32.172.in-addr.arpa", "63.100.in-addr.arpa", "128.100.in-addr.arpa"),
+            *("110.in-addr.arpa", "169.192.in-addr.arpa", "ipv4only.arpa"),
+            *("7.e.f.ip6.arpa", "e.f.ip6.arpa", "nothome.arpa", "1.ip6.arpa"),
+            *(reverse("::2"), reverse("192.0.0.1"), reverse("2606:4700::1111")),
+        ):
+            with self.subTest(name):
+                self.assertIsNone(local_answer(name, "A"))
+
+    def test_label_that_only_looks_like_a_zone_leaves(self) -> None:
+        for name in (b"\x09foo\5local\0", b"\x06x.test\0"):
+            with self.subTest(name):
+                asked = dotproxy.parse_query(query(name))
+                self.assertIsNone(dotproxy.LocalAnswers().respond(asked, False))
+
+    def test_ds_of_a_zone_is_the_parents_to_answer(self) -> None:
+        for zone in ("home.arpa", "10.in-addr.arpa", "onion"):
+            with self.subTest(zone):
+                self.assertIsNone(local_answer(zone, "DS"))
+                answer = self.answer(f"a.{zone}", "DS")
+                self.assert_negative(answer, Rcode.NXDOMAIN, zone)
+
+    def test_answer_is_authoritative_and_never_authenticated(self) -> None:
+        for name in ("localhost", "a.onion"):
+            answer = local_answer(name, do=True)
+            assert answer is not None
+            self.assertEqual(answer.flags & (QR | AA | RA | AD), QR | AA | RA)
+
+    def test_special_name_in_another_class_is_refused(self) -> None:
+        for rrclass in (3, 255):
+            answer = local_answer("a.onion", "TXT", rrclass=rrclass)
+            assert answer is not None
+            self.assertEqual((answer.rcode, answer.authority), (Rcode.REFUSED, []))
+        self.assertIsNone(local_answer("version.bind", "TXT", rrclass=3))
+
+    def test_exempt_domain_and_all_below_leave(self) -> None:
+        for exempt, leaves, stays in (
+            ("local", ["local", "a.local"], ["a.onion"]),
+            ("Corp.Local.", ["corp.local", "a.corp.local"], ["local", "xcorp.local"]),
+            ("10.in-addr.arpa", ["1.10.in-addr.arpa"], ["1.127.in-addr.arpa"]),
+            ("172.in-addr.arpa", ["1.16.172.in-addr.arpa"], ["1.10.in-addr.arpa"]),
+            ("arpa", ["a.home.arpa", "10.in-addr.arpa"], ["localhost"]),
+            (".", ["localhost", "a.onion", "10.in-addr.arpa"], []),
+        ):
+            for name in leaves:
+                with self.subTest(exempt=exempt, name=name):
+                    self.assertIsNone(local_answer(name, exempt=[exempt]))
+            for name in stays:
+                with self.subTest(exempt=exempt, name=name):
+                    self.assertIsNotNone(local_answer(name, exempt=[exempt]))
+
+    def test_any_over_udp_is_one_hinfo_record(self) -> None:
+        for name in ("example.com", "localhost"):
+            with self.subTest(name):
+                answer = self.answer(name, "ANY")
+                wanted = Record(name, RRTYPES["HINFO"], 1, 3600, b"\x07RFC8482\0")
+                self.assertEqual((answer.rcode, answer.answers), (0, [wanted]))
+                self.assertEqual(answer.flags & AA, 0)
+
+    def test_any_over_tcp_leaves(self) -> None:
+        self.assertIsNone(local_answer("example.com", "ANY", stream=True))
+
+    def test_any_over_tcp_of_a_special_name_is_all_it_has(self) -> None:
+        answer = self.answer("a.localhost", "ANY", stream=True)
+
+        self.assertEqual(answer.addresses, ["127.0.0.1", "::1"])
+
+    def test_type_or_class_that_looks_like_any_leaves(self) -> None:
+        for rrtype, rrclass in ((0x01FF, 1), (254, 1), (255, 3)):
+            with self.subTest(rrtype=rrtype, rrclass=rrclass):
+                answer = local_answer("example.com", rrtype, rrclass=rrclass)
+                self.assertIsNone(answer)
+
+
+def svcb(priority: int, target: str, *parameters: tuple[int, bytes]) -> bytes:
+    """Build the data of an SVCB or HTTPS record (RFC 9460 section 2.2)."""
+    head = priority.to_bytes(2, "big") + encode_name(target)
+    return head + b"".join(option(key, value) for key, value in parameters)
+
+
+def packed(*addresses: str) -> bytes:
+    return b"".join(ipaddress.ip_address(address).packed for address in addresses)
+
+
+class RebindingGuardTest(DotproxyTestCase):
+    PRIVATE = (
+        *("0.0.0.0", "0.255.1.2", "10.0.0.1", "10.255.255.255", "127.0.0.1"),
+        *("100.64.0.1", "100.127.255.255", "169.254.169.254", "172.16.0.1"),
+        *("172.31.255.255", "192.168.0.1", "192.168.255.255", "::", "::1"),
+        *("fc00::1", "fdff:ffff::1", "fe80::1", "febf::1", "fec0::1", "feff::1"),
+        *("::ffff:10.0.0.1", "::ffff:127.0.0.1", "64:ff9b::192.168.0.1", "::10.1.1.1"),
+    )
+    PUBLIC = (
+        *("1.1.1.1", "9.255.255.255", "11.0.0.1", "100.63.255.255", "100.128.0.0"),
+        *("126.0.0.1", "128.0.0.1", "169.253.0.1", "169.255.0.1", "172.15.255.255"),
+        *("172.32.0.0", "192.167.1.1", "192.169.1.1", "192.0.2.1", "2001:db8::1"),
+        *("fbff::1", "fe7f::1", "ff02::1", "::ffff:192.0.2.1", "64:ff9b::192.0.2.1"),
+        *("64:ff9c::10.0.0.1", "2001:db8::10.0.0.1", "::1:0:10.0.0.1"),
+    )
+
+    def screen(
+        self,
+        *answers: bytes | str,
+        name: str = "www.example.com",
+        exempt: Sequence[str] = (),
+        rrtype: str = "A",
+        additional: Sequence[bytes] = (),
+    ) -> Message:
+        """Return what a client gets of an upstream's answer."""
+        guard = dotproxy.RebindingGuard(map(dotproxy.encode_domain, exempt))
+        asked = query(name, rrtype, do=False)
+        given = read_response(response(asked, *answers, additional=additional))
+        parsed = dotproxy.parse_query(asked)
+        return parse(dotproxy.build_answer(parsed, guard.screen(parsed, given)))
+
+    def blocked(self, answer: Message) -> bool:
+        """Tell whether it is NODATA that says why; it must be that, or whole."""
+        filtered = not answer.answers
+        self.assertEqual(extended_errors(answer), [17] if filtered else [])
+        self.assertEqual([each.ttl for each in answer.authority], [60] * filtered)
+        return filtered
+
+    def test_private_address_is_blocked(self) -> None:
+        for address in self.PRIVATE:
+            with self.subTest(address):
+                self.assertTrue(self.blocked(self.screen(address)))
+
+    def test_public_address_passes(self) -> None:
+        for address in self.PUBLIC:
+            with self.subTest(address):
+                self.assertEqual(self.screen(address).addresses, [address_of(address)])
+
+    def test_one_private_address_blocks_the_whole_answer(self) -> None:
+        alias = record("www.example.com", "CNAME", encode_name("a.example.net"))
+        private = address("a.example.net", "10.0.0.1")
+        for answers in (
+            ["192.0.2.1", "10.0.0.1"],
+            ["10.0.0.1", "192.0.2.1"],
+            [alias, private],
+        ):
+            with self.subTest(answers=answers):
+                self.assertTrue(self.blocked(self.screen(*answers)))
+
+    def test_private_hint_is_blocked(self) -> None:
+        v4, v6 = packed("192.0.2.1", "192.168.1.1"), packed("2001:db8::1", "fd00::1")
+        for rrtype in ("HTTPS", "SVCB"):
+            for parameters in ([(4, v4)], [(1, b"\2h2"), (4, v4[:4]), (6, v6)]):
+                with self.subTest(rrtype=rrtype, parameters=parameters):
+                    data = svcb(1, "a.example.net", *parameters)
+                    answer = record("www.example.com", rrtype, data)
+                    self.assertTrue(self.blocked(self.screen(answer, rrtype=rrtype)))
+
+    def test_public_hint_passes(self) -> None:
+        no_hint = (1, b"\0" + option(4, packed("10.0.0.1")))
+        data = svcb(1, ".", no_hint, (4, packed("192.0.2.1")))
+        answer = record("www.example.com", "HTTPS", data)
+
+        self.assertFalse(self.blocked(self.screen(answer, rrtype="HTTPS")))
+
+    def test_malformed_hints_are_passed_over(self) -> None:
+        whole = svcb(1, "a.example.net", (4, packed("192.0.2.1", "192.0.2.2")))
+        for data in [whole[:size] for size in range(len(whole))]:
+            answer = record("www.example.com", "HTTPS", data)
+            self.assertFalse(self.blocked(self.screen(answer, rrtype="HTTPS")))
+
+    def test_other_types_and_sections_are_not_looked_at(self) -> None:
+        for data in (packed("10.0.0.1"), svcb(1, ".", (4, packed("10.0.0.1")))):
+            text = record("www.example.com", "TXT", data)
+            self.assertFalse(self.blocked(self.screen(text, rrtype="TXT")))
+        glue = address("ns.example.com", "10.0.0.1")
+        self.assertFalse(self.blocked(self.screen("192.0.2.1", additional=[glue])))
+
+    def test_exempt_domain_and_all_below_may_have_private_addresses(self) -> None:
+        for name, exempt, blocked in (
+            ("example.com", "example.com", False),
+            ("a.b.Example.Com", "example.com", False),
+            ("notexample.com", "example.com", True),
+            ("example.com", "a.example.com", True),
+        ):
+            with self.subTest(name=name, exempt=exempt):
+                answer = self.screen("10.0.0.1", name=name, exempt=[exempt])
+                self.assertEqual(self.blocked(answer), blocked)
+
+    def test_negative_answer_passes(self) -> None:
+        asked = dotproxy.parse_query(query())
+        given = read_response(response(query(), rcode=3, authority=[soa()]))
+
+        self.assertIs(dotproxy.RebindingGuard().screen(asked, given), given)
+
+
+def address_of(text: str) -> str:
+    """Return an address as `Message.addresses` writes it."""
+    return str(ipaddress.ip_address(text))
+
+
 # ---- Proxy and cache -----------------------------------------------------------------
 # FakeGroup     keeps what is sent until the test says how it ends
 # ProxyTestCase a proxy with one, with a clock and a timer that the test moves
@@ -5112,13 +5452,17 @@ class ProxyTestCase(DotproxyTestCase):
     def setUp(self) -> None:
         self.build(Cache(1 << 20))
 
-    def build(self, cache: Cache) -> None:
+    def build(
+        self, cache: Cache, guard: dotproxy.RebindingGuard | None = None
+    ) -> None:
         """Make the proxy around this cache."""
         self.clock = Clock()
         self.timer = ManualTimer(self.clock)
         self.group = FakeGroup()
         with mock.patch.object(dotproxy, "UpstreamGroup", self.group.join):
-            self.proxy = Proxy([], TRUST, self.timer, cache, clock=self.clock)
+            self.proxy = Proxy(
+                [], TRUST, self.timer, cache, guard=guard, clock=self.clock
+            )
 
     def ask(self, message: bytes = ASKED, *, stream: bool = False) -> list[Message]:
         """Ask as a server does; return where the answer is, or will be."""
@@ -5375,13 +5719,85 @@ class ProxyCacheTest(ProxyTestCase):
         self.addCleanup(tracemalloc.stop)
 
         for number in range(50):
-            message = query(f"{number}.test")
+            message = query(f"{number}.example")
             self.ask(message)
             self.group.answer(record(b"\xc0\x0c", "TXT", bytes(50_000)))
             self.group.sent.clear()
             self.ask(message)
 
         self.assertLess(tracemalloc.get_traced_memory()[0], 500_000)
+
+
+class ProxyLocalTest(ProxyTestCase):
+    def test_special_name_is_answered_at_once_and_never_asked_for(self) -> None:
+        for message in (
+            query("localhost"),
+            query("a.onion", do=True),
+            query("a.local", rd=False),
+            query("a.invalid", do=False, options=option(65001)),
+            query(reverse("10.0.0.1"), "PTR", cd=True),
+        ):
+            for stream in (False, True, False):
+                (answer,) = self.ask(message, stream=stream)
+                self.assertTrue(answer.flags & AA)
+        self.assertEqual(self.group.sent, [])
+
+    def test_any_over_udp_is_small_even_after_one_over_tcp(self) -> None:
+        message = query("www.example.com", "ANY")
+        whole = self.ask(message, stream=True)
+        self.group.answer("192.0.2.1", "192.0.2.2")
+
+        (small,) = self.ask(message)
+
+        self.assertEqual(whole[0].addresses, ["192.0.2.1", "192.0.2.2"])
+        self.assertEqual([each.type for each in small.answers], [RRTYPES["HINFO"]])
+        self.assertEqual(self.ask(message, stream=True), [])
+        self.assertEqual(len(self.group.sent), 2)
+
+    def test_private_address_passes_unless_it_is_to_be_blocked(self) -> None:
+        answers = self.ask()
+
+        self.group.answer("10.0.0.1")
+
+        self.assertEqual(answers[0].addresses, ["10.0.0.1"])
+
+
+class ProxyGuardTest(ProxyTestCase):
+    def setUp(self) -> None:
+        self.build(Cache(1 << 20), dotproxy.RebindingGuard())
+
+    def assert_filtered(self, answer: Message, ttl: int) -> None:
+        self.assertEqual((answer.rcode, answer.answers), (0, []))
+        self.assertEqual(extended_errors(answer), [17])
+        self.assertEqual([(e.type, e.ttl) for e in answer.authority], [(6, ttl)])
+
+    def test_blocked_answer_is_given_and_cached_as_no_data(self) -> None:
+        first = self.ask(query(do=False))
+        self.group.answer("10.0.0.1")
+        self.clock.advance(10)
+
+        (second,) = self.ask(query(do=False))
+
+        self.assert_filtered(first[0], 60)
+        self.assert_filtered(second, 50)
+        self.assertEqual(len(self.group.sent), 1)
+
+    def test_blocked_answer_is_not_given_where_none_is_cached(self) -> None:
+        answers = self.ask(query(do=False, rd=False))
+
+        self.group.answer("10.0.0.1")
+
+        self.assert_filtered(answers[0], 60)
+
+    def test_refreshed_answer_is_blocked(self) -> None:
+        self.learn("192.0.2.1", ttl=10)
+        self.clock.advance(20)
+        answers = self.ask(query(do=False))
+
+        self.group.answer("10.0.0.1")
+
+        self.assert_filtered(answers[0], 60)
+        self.assert_filtered(self.ask(query(do=False))[0], 60)
 
 
 class ProxyStaleTest(ProxyTestCase):
@@ -5698,7 +6114,7 @@ class ProxyPrefetchTest(ProxyTestCase):
 # PropertyTest asks both, and compares what comes out field by field
 
 FAILURES = (1, 2, 4, 5)
-NAMES = ("www.example.com", "a.test", "long-label.sub.example.net", "b.a.test")
+NAMES = ("www.example.com", "a.example", "long-label.sub.example.net", "b.a.example")
 HOP_BY_HOP = (8, 10, 11, 12)
 Fields = tuple[int, int, int, bytes, list[Record], list[Record], list[Record], object]
 
@@ -6437,6 +6853,18 @@ class DNSServerContract(MixIn):
         self.assertEqual((got.rcode, got.answers), (Rcode.NXDOMAIN, []))
         self.assertEqual([each.type for each in got.authority], [6])
 
+    def test_special_name_is_answered_and_never_sent_upstream(self) -> None:
+        running = serving(answer, *self.options, host=self.host)
+        with running as served, self.connect(served) as client:
+            client.send(query("a.LocalHost", id=1), query("a.onion", id=2))
+            answers = [parse(client.receive()) for _ in range(2)]
+            sent = len(served.upstream.queries)
+
+        by_id = {got.id: got for got in answers}
+        self.assertEqual(by_id[1].addresses, ["127.0.0.1"])
+        self.assertEqual(by_id[2].rcode, Rcode.NXDOMAIN)
+        self.assertEqual(sent, 0)
+
     def test_question_comes_back_in_the_case_it_was_asked(self) -> None:
         asked = query("wWw.ExAmPlE.cOm")
 
@@ -6571,6 +6999,51 @@ class UDPServerTest(DotproxyTestCase):
             got = parse(client.receive())
 
         self.assertEqual((got.flags & TC, got.answers), (TC, []))
+
+    def ask(self, message: bytes, *options: str, script: Reply = answer) -> Message:
+        """Ask a proxy with these options."""
+        with serving(script, *options) as served, UDPClient(served.address) as client:
+            client.send(message)
+            return parse(client.receive())
+
+    def test_special_name_is_sent_upstream_where_that_is_told(self) -> None:
+        answer = self.ask(query("a.local"), "--forward-special=local")
+
+        self.assertEqual(answer.addresses, ["192.0.2.1"])
+
+    def test_routed_domain_is_neither_answered_here_nor_blocked(self) -> None:
+        with FakeUpstream(lambda *_: "10.0.0.1") as upstream:
+            where = f"{LOCALHOST}:{upstream.port}#dot.test"
+            options = f"--route=corp.local={where}", "--block-private-answers"
+            for name in ("a.corp.local", "corp.local"):
+                with self.subTest(name):
+                    answer = self.ask(query(name), *options)
+                    self.assertEqual(answer.addresses, ["10.0.0.1"])
+            self.assertEqual(self.ask(query("a.local"), *options).rcode, 3)
+
+    def test_private_address_is_blocked_where_that_is_told(self) -> None:
+        flag, exempt = "--block-private-answers", "--allow-private=com"
+        for options, addresses in (
+            ([], ["10.0.0.1"]),
+            ([flag], []),
+            ([flag, exempt], ["10.0.0.1"]),
+        ):
+            with self.subTest(options=options):
+                answer = self.ask(query(), *options, script=lambda *_: "10.0.0.1")
+                self.assertEqual(answer.addresses, addresses)
+
+    def test_answer_never_exceeds_1232_octets(self) -> None:
+        def sized(message: Message, _: FakeConnection) -> bytes:
+            number = int(message.qname.split(".")[0])
+            return response(message.raw, record(b"\xc0\x0c", "TXT", bytes(number)))
+
+        sizes = [*range(1100, 1240, 5), 2000, 9000]
+        with serving(sized) as served, UDPClient(served.address) as client:
+            client.send(*[query(f"{n}.example", do=True, size=65535) for n in sizes])
+            answers = [parse(client.receive()) for _ in sizes]
+
+        self.assertLessEqual(max(len(got.raw) for got in answers), 1232)
+        self.assertEqual({bool(got.flags & TC) for got in answers}, {False, True})
 
     def test_datagram_larger_than_any_query_is_a_format_error(self) -> None:
         with serving() as served, UDPClient(served.address) as client:
@@ -8247,6 +8720,9 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("cache_fail_ttl", "2", 2),
     ("cache_stale", "0", 0),
     ("user", "www-data", "www-data"),
+    ("forward_special", "Corp.Local.", (b"\4corp\5local\0",)),
+    ("block_private_answers", "yes", True),
+    ("allow_private", "Example.com", (b"\7example\3com\0",)),
     ("log_level", "debug", "debug"),
     ("log_format", "json", "json"),
 ]
@@ -8303,6 +8779,36 @@ class ConfigTest(DotproxyTestCase):
 
         hosts = [endpoint.host for endpoint in config.upstream]
         self.assertEqual(hosts, ["192.0.2.1", "192.0.2.2"])
+
+    def test_flag_is_on_where_it_is_given_or_says_so(self) -> None:
+        self.assertTrue(configured("--block-private-answers").block_private_answers)
+        for words, value in (
+            (("1", "true", "yes", "on", "YES"), True),
+            (("0", "false", "no", "off", "Off", ""), False),
+        ):
+            for text in words:
+                with self.subTest(text):
+                    config = configured(BLOCK_PRIVATE_ANSWERS=text)
+                    self.assertEqual(config.block_private_answers, value)
+
+    def test_flag_in_the_environment_can_be_taken_back(self) -> None:
+        option = "--block-private-answers=no"
+        config = configured(option, BLOCK_PRIVATE_ANSWERS="1")
+
+        self.assertFalse(config.block_private_answers)
+
+    def test_special_names_to_forward_syntax(self) -> None:
+        for text, domain in {
+            "all": b"\0",
+            "ALL": b"\0",
+            "localhost": b"\x09localhost\0",
+            "10.in-addr.arpa": b"\x0210\7in-addr\4arpa\0",
+            "in-addr.arpa": b"\7in-addr\4arpa\0",
+            "a.b.onion": b"\1a\1b\5onion\0",
+        }.items():
+            with self.subTest(text):
+                found = configured("--forward-special", text).forward_special
+                self.assertEqual(found, (domain,))
 
     def test_listen_given_or_not_is_told(self) -> None:
         for config, given in (
@@ -8526,6 +9032,14 @@ class ConfigTest(DotproxyTestCase):
             (["--cache-size=M"], ["'M'"]),
             (["--cache-size="], ["''"]),
             (["--cache-max-ttl=x"], ["'x'", "0 to 604800"]),
+            (["--forward-special=example.com"], ["'example.com'", "local", "all"]),
+            (["--forward-special=xlocal"], ["'xlocal'", "10.in-addr.arpa"]),
+            (["--forward-special="], ["''", "domain name"]),
+            (["--block-private-answers=maybe"], ["'maybe'", "yes or no"]),
+            (["--allow-private=192.0.2.1"], ["'192.0.2.1'", "domain name"]),
+            (["--allow-private=2001:db8::1"], ["domain name"]),
+            (["--allow-private=a..b"], ["'a..b'", "example.com"]),
+            (["--allow-private=example.com"], ["--block-private-answers"]),
             (["--log-level=loud"], ["'loud'"]),
             (["--timeout"], ["--timeout"]),
             (["--tim=1"], ["--tim"]),

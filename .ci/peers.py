@@ -285,12 +285,15 @@ LIST = [f"list{i}.example.com" for i in range(5)]
 MANY = "many.example.com"  # 100 addresses: more than 1232 bytes
 LARGE = "large.example.com"  # one TXT record of 1510 bytes
 MISSING = "missing.example.com"
+PRIVATE = "private.example.com"
 BENCH = "bench.example.com"  # dnsdist answers for every name under it
 BENCH_ADDRESS = "192.0.2.99"
 STRINGS = [f"{i:0150d}" for i in range(10)]
 RRSETS = {
     (HOST, "A"): ["192.0.2.1"],
     (HOST, "AAAA"): ["2001:db8::1"],
+    (PRIVATE, "A"): ["192.168.1.1"],
+    (PRIVATE, "AAAA"): ["fd00::1"],
     (MANY, "A"): [f"198.51.100.{i}" for i in range(1, 101)],
     (LARGE, "TXT"): [" ".join(f'"{string}"' for string in STRINGS)],
     **{(name, "A"): [f"192.0.2.{10 + i}"] for i, name in enumerate(LIST)},
@@ -906,6 +909,128 @@ CERTIFICATE_CHECKS: dict[str, Callable[[Lab], None]] = {
     "pinned key": check_pinned,
     "another key pinned": partial(check_other_pin_refused, "wrong-name"),
     "the CA's key pinned": partial(check_other_pin_refused, "ca"),
+}
+
+
+# ---- Names ---------------------------------------------------------------------------
+# What the proxy answers itself, as clients see it, with a server that counts.
+
+NO_ANSWER = r"ANSWER: 0, AUTHORITY: 1,"
+AUTHORITATIVE = r"flags: qr aa[a-z ]*;"
+
+
+def soa_of(zone: str) -> str:
+    """Match the SOA record of a zone that the proxy serves."""
+    numbers = r"1\s+3600\s+1200\s+604800\s+10800"
+    names = rf"{re.escape(zone)}\.\s+nobody\.invalid\."
+    return rf"\n{re.escape(zone)}\.\s+10800\s+IN\s+SOA\s+{names}\s+{numbers}"
+
+
+def absent(name: str, zone: str, rrtype: str = "A") -> Ask:
+    """Ask for a name that does not exist in a zone that the proxy serves."""
+    patterns = ["status: NXDOMAIN", NO_ANSWER, AUTHORITATIVE, soa_of(zone)]
+    return Ask(f"{DIG} {name} {rrtype}", patterns)
+
+
+def no_data(name: str, zone: str, rrtype: str = "A") -> Ask:
+    """Ask for a name there that exists and has no such record."""
+    patterns = ["status: NOERROR", NO_ANSWER, AUTHORITATIVE, soa_of(zone)]
+    return Ask(f"{DIG} {name} {rrtype}", patterns)
+
+
+LOCAL_ASKS = [
+    Ask(f"{DIG} localhost A", [AUTHORITATIVE, r"localhost\.\s+10800\s+IN\s+A\s+127\."]),
+    Ask(f"{DIG} +short a.localhost AAAA", [only(["::1"])]),
+    Ask(f"{DIG} +tcp +short LocalHost A", [only(["127.0.0.1"])]),
+    Ask(f"{DIG} +short -x 127.0.0.1", [only(["localhost."])]),
+    Ask(f"{DIG} +short -x ::1", [only(["localhost."])]),
+    Ask(f"{DIG} +dnssec +cd a.onion", ["NXDOMAIN", "flags: do", soa_of("onion")]),
+    Ask(f"{KDIG} a.local", ["status: NXDOMAIN", "Flags: qr aa", soa_of("local")]),
+    Ask(f"drill -p PORT a.invalid @{LOOPBACK}", ["rcode: NXDOMAIN", soa_of("invalid")]),
+    Ask(f"{DIG} +short 10.in-addr.arpa NS", [only(["10.in-addr.arpa."])]),
+    Ask(f"{DIG} a.onion CH TXT", ["status: REFUSED"]),
+    no_data("localhost", "localhost", "MX"),
+    no_data("0.0.127.in-addr.arpa", "127.in-addr.arpa", "PTR"),
+    no_data("home.arpa", "home.arpa"),
+    no_data("_dns.resolver.arpa", "resolver.arpa", "SVCB"),
+    absent("2.0.0.127.in-addr.arpa", "127.in-addr.arpa", "PTR"),
+    *(absent(f"a.{zone}", zone) for zone in ("invalid", "home.arpa", "service.arpa")),
+    *(
+        absent(f"1.{zone}.in-addr.arpa", f"{zone}.in-addr.arpa", "PTR")
+        for zone in ("10", "16.172", "31.172", "168.192", "254.169", "2.0.192")
+    ),
+    absent("1.64.100.in-addr.arpa", "64.100.in-addr.arpa", "PTR"),
+    absent("0.d.f.ip6.arpa", "d.f.ip6.arpa", "PTR"),
+    absent("0.8.e.f.ip6.arpa", "8.e.f.ip6.arpa", "PTR"),
+]
+LOCAL_GETADDRINFO = GETADDRINFO.replace(HOST, "a.localhost")
+
+
+def check_local(lab: Lab) -> None:
+    with Server(lab, "dnsdist") as server, Proxy(lab, server.port) as proxy:
+        for question in LOCAL_ASKS:
+            check_ask(question, proxy)
+            expect(server.queries() == 0, f"sent to the server: {question.command}")
+        for number, name in enumerate(("notlocalhost", "foo.local.example.com"), 1):
+            ask(proxy, f"{DIG} {name}")
+            expect(server.queries() == number, f"{name} was not sent to the server")
+
+
+def check_local_getaddrinfo(lab: Lab) -> None:
+    if not in_namespace():
+        raise Skipped("needs the right to make network and mount namespaces")
+    with Server(lab, "dnsdist") as server:
+        with Proxy(lab, server.port, listen=f"{LOOPBACK}:53"):
+            output = run(sys.executable, "-c", LOCAL_GETADDRINFO)
+        expect(sorted(output.split()) == [LOOPBACK, "::1"], output)
+        expect(server.queries() == 0, "the server was sent a query")
+
+
+def check_forward_special(lab: Lab) -> None:
+    options = "--forward-special corp.local --forward-special in-addr.arpa"
+    server = Server(lab, "dnsdist")
+    with server, Proxy(lab, server.port, options=tuple(options.split())) as proxy:
+        ask(proxy, f"{DIG} a.corp.local")
+        ask(proxy, f"{DIG} -x 10.0.0.1")
+        expect(server.queries() == 2, "the server was not sent both queries")
+        check_ask(absent("a.local", "local"), proxy)
+        expect(server.queries() == 2, "the server was sent another query")
+
+
+def check_any(lab: Lab) -> None:
+    hinfo = [r'\s3600\s+IN\s+HINFO\s+"RFC8482" ""', "ANSWER: 1[,;]", r"\(UDP\)"]
+    with Server(lab, "bind9") as server, Proxy(lab, server.port) as proxy:
+        for _ in range(2):  # the second time after the whole one
+            check_ask(Ask(f"{DIG} +notcp {HOST} ANY", hinfo), proxy)
+            whole = [rf"\sA\s+{IPV4}", rf"\sAAAA\s+{IPV6}", "ANSWER: 2,"]
+            check_ask(Ask(f"{DIG} +tcp {HOST} ANY", whole), proxy)
+        check_ask(Ask(f"{KDIG} +notcp {HOST} ANY", hinfo), proxy)
+
+
+def check_private(options: str, blocked: bool, lab: Lab) -> None:
+    filtered = ["NOERROR", "ANSWER: 0[,;]", r"EDE: 17 \(Filtered\)", r"\sSOA\s"]
+    server = Server(lab, "dnsdist")
+    with server, Proxy(lab, server.port, options=tuple(options.split())) as proxy:
+        for rrtype in ("A", "AAAA"):
+            (address,) = RRSETS[PRIVATE, rrtype]
+            patterns = filtered if blocked else [rf"\s{rrtype}\s+{address}"]
+            for client in (DIG, f"{DIG} +tcp", f"{KDIG} +edns"):
+                check_ask(Ask(f"{client} {PRIVATE} {rrtype}", patterns), proxy)
+        expect(server.queries() == 2, "the answers were not cached")
+        check_ask(Ask(f"{DIG} {HOST}", [IPV4]), proxy)
+
+
+BLOCK = "--block-private-answers"
+NAME_CHECKS: dict[str, Callable[[Lab], None]] = {
+    "special ones get the right answer and are never sent": check_local,
+    "getaddrinfo below localhost": check_local_getaddrinfo,
+    "special ones are sent where --forward-special says so": check_forward_special,
+    "ANY: HINFO over UDP, all records over TCP": check_any,
+    "private addresses pass": partial(check_private, "", False),
+    "private addresses are blocked": partial(check_private, BLOCK, True),
+    "private addresses pass for an exempt domain": partial(
+        check_private, f"{BLOCK} --allow-private example.com", False
+    ),
 }
 
 
@@ -2275,6 +2400,7 @@ GROUPS: list[
     Group("load", proxy_far_from_server, LOAD_CHECKS),
     Group("encrypted", encrypted_proxy, ENCRYPTED_CHECKS),
     Group("certificate", contextlib.nullcontext, CERTIFICATE_CHECKS),
+    Group("names", contextlib.nullcontext, NAME_CHECKS),
     Group("outage", contextlib.nullcontext, OUTAGE_CHECKS),
     Group("split horizon", split_horizon, HORIZON_CHECKS),
     Group("host", contextlib.nullcontext, HOST_CHECKS),
