@@ -9,6 +9,7 @@ The path of a query
                                     Proxy.lookup: from the cache -> sendto, done   [udp]
                                     (or a special name: LocalAnswers.respond)
                                     WorkerPool.submit(the rest)    full -> drop
+                                    Observer.answered_at_once, Observer.turned_away
       UDPHandler.handle             Proxy.resolve                               [worker]
         Proxy.resolve               join the same question in flight, or a new Exchange
         Routes.send                 the upstreams that the name is asked of
@@ -21,6 +22,7 @@ The path of a query
         Proxy.complete              once: RebindingGuard.screen where it is wanted,
                                     Cache.put, and an answer for all who wait
         reply                       sendto; never blocks
+        Observer.answered           once for all who were answered
       Timer                         hedge, retry, stale answer, SERVFAIL at the deadline
 
     TCP clients enter at the same lookup and resolve, from StreamHandler, with another
@@ -32,7 +34,8 @@ The path of a query
 
 Contracts that carry the design
 
-    Proxy.lookup(message)    never blocks, does no I/O, never raises.
+    Proxy.lookup(message)    never blocks, does no I/O, never raises; tells what it
+                             answered in a list that its caller alone has.
     Proxy.resolve(queries)   never blocks; every `reply` is called exactly once, by
                              whichever thread has the answer, SERVFAIL at worst.
     reply(response)          never blocks, never raises; an answer that its client
@@ -41,6 +44,9 @@ Contracts that carry the design
                              and giving up all mean "send it again, or fail it".
     Routes                   which UpstreamGroup a name is asked of, and no other: one
                              for each routed domain, one for all other names.
+    Observer                 told of a batch of answers at a time, with no lock held;
+                             may not block. Whatever is not a matter of each query is
+                             asked for by who looks: `samples` of each object.
     Plan                     what was decided under UpstreamGroup's lock, on memory
                              alone, to be carried out after it is released.
 
@@ -54,6 +60,8 @@ Threads
     upstream-*    one per upstream connection: connects, shakes hands, reads, replies
                   (a plain one, to the server of a routed domain, shakes no hands)
     timer         whatever has to happen later
+    admin         accepts HTTP clients, ends those that take too long
+    admin-*       pool: one per HTTP client, answers one request
 
     doctor-*      --doctor alone: one per upstream; visit-* reads its connection
 
@@ -61,14 +69,17 @@ Threads
     then bound every port, read every file and imported every module that it needs.
 
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
-but for those of Line and StreamHandler, over system calls that do not wait, and for
-TLSChannel's, which is taken last of all, over memory alone: under StreamHandler's, so
-that what is encrypted in turn is sent in turn, and under TLSServer.turns)
+but for those of Line, StreamHandler and AdminServer, over system calls that do not
+wait, and for TLSChannel's, which is taken last of all, over memory alone: under
+StreamHandler's, so that what is encrypted in turn is sent in turn, and under
+TLSServer.turns)
 
-    Cache._lock          entries, their order and their size
-    Proxy._lock          questions in flight and who waits for them
+
+    Metrics._lock        what is counted of answers; copied under it, written without it
+    Cache._lock          entries, their order and their size, evictions
+    Proxy._lock          questions in flight and who waits for them, refreshes
     UpstreamGroup._lock  Fleet, Dispatcher and Quarantine: upstreams, their health and
-                         connections, the retry state of exchanges
+                         connections, the retry state of exchanges, what is counted
     Connection._lock     pending IDs
     Outbox._lock         frames to send, who flushes
     TLSChannel._lock     the TLS object and its two memory buffers
@@ -79,6 +90,7 @@ that what is encrypted in turn is sent in turn, and under TLSServer.turns)
     Clients._lock        connected TCP and DoT clients
     StreamHandler._lock  octets that the client has not taken yet, queries in flight
     TLSServer.turns      a semaphore: who computes a step of a handshake
+    AdminServer._lock    HTTP clients' sockets and their deadlines
 
     Shelf and Admission have no lock: of their table, a dict and a set, only single
     operations are used. Nor has Routes: it does not change.
@@ -89,6 +101,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import calendar
 import collections
 import contextlib
@@ -102,13 +115,16 @@ import glob
 import grp
 import hashlib
 import heapq
+import http.server
 import importlib
+import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
+import platform
 import pwd
 import queue
 import random
@@ -241,12 +257,16 @@ class ConfigError(DotproxyError):
 # what its answer must look like, a response once into what can be served from it.
 
 
+NO_CLIENT = ("", 0)  # the client of a query that none has asked
+
+
 class Query:
     """A well-formed query: what was asked, and what its answer must look like."""
 
     __slots__ = (
+        "answer_size",  # octets of its answer, once it has waited for one
         "cache_key",  # under which an answer may be in the cache, or empty
-        "client",  # the address that asked, without its port
+        "client",  # the address and port that asked
         "edns",  # whether the client sent an OPT record
         "edns_flags",  # of its OPT record, DO among them
         "flags",  # of the header
@@ -256,8 +276,11 @@ class Query:
         "limit",  # octets that the answer may have
         "options",  # EDNS options to pass on, as on the wire
         "padded",  # whether the answer is, RFC 7830 section 4
+        "proto",  # how it came: udp, tcp or dot
         "question",  # QNAME, QTYPE and QCLASS as sent, case included
+        "received",  # when
         "refusal",  # RCODE to refuse it with, or 0
+        "size",  # octets of the message
         "stale",  # the expired cache entry that may answer it, set by the proxy
     )
 
@@ -266,7 +289,10 @@ class Query:
         self.flags = flags
         self.question = question
         self.limit = limit
-        self.client = ""
+        self.client = NO_CLIENT
+        self.proto = ""
+        self.received = 0.0
+        self.size = self.answer_size = 0
         self.key = self.cache_key = b""
         self.stale: CacheEntry | None = None
         self.edns = False
@@ -405,6 +431,7 @@ def parse_query(message: bytes, stream: bool = False, encrypted: bool = False) -
     end = end_of_question(message)
     question = message[12:end]
     query = Query(ident, flags, question, MAX_MESSAGE if stream else MIN_UDP_SIZE)
+    query.size = len(message)
     if message[end - 4] == 0 and message[end - 3] in (TYPE_IXFR, TYPE_AXFR):
         query.refusal = Rcode.REFUSED
     elif answers or authority:
@@ -712,6 +739,846 @@ def answerable(message: bytes) -> bool:
     return len(message) >= MIN_MESSAGE and message[2] < 0x80
 
 
+# ---- Metrics -------------------------------------------------------------------------
+# One table says what there is: /metrics and the dashboard are both made from it. What
+# happens per query is counted here, the rest is asked for when somebody looks.
+
+CACHE, STALE, UPSTREAM, LOCAL = SOURCES = "cache", "stale", "upstream", "local"
+TURNED_AWAY = (
+    *("acl", "rate-limit", "slip", "overload", "backlog"),
+    *("connections", "format-error"),  # which others than Metrics count
+)
+TYPE_NAMES = {
+    **{1: "A", 2: "NS", 5: "CNAME", 6: "SOA", 12: "PTR", 15: "MX", 16: "TXT"},
+    **{28: "AAAA", 33: "SRV", 35: "NAPTR", 43: "DS", 46: "RRSIG", 47: "NSEC"},
+    **{48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 255: "ANY", 257: "CAA"},
+}
+RCODE_NAMES = {
+    **{0: "NOERROR", 1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP"},
+    **{5: "REFUSED", 6: "YXDOMAIN", 7: "YXRRSET", 8: "NXRRSET", 9: "NOTAUTH"},
+    **{10: "NOTZONE", 16: "BADVERS", 23: "BADCOOKIE"},
+}
+LATENCIES = tuple(0.00025 * 2**n for n in range(16))  # s, CoreDNS's buckets
+SIZES = (
+    *(0.0, 100.0, 200.0, 300.0, 400.0, 511.0, 1023.0, 2047.0, 4095.0, 8291.0),
+    *(16e3, 32e3, 48e3, 64e3),
+)
+
+
+class View(NamedTuple):
+    """How a panel of the dashboard shows a family."""
+
+    panel: str
+    query: str = "rate"  # a key of QUERIES
+    by: str = ""  # the labels that are kept, with commas
+    unit: str = ""  # as Grafana calls it, where it is not the query's usual one
+
+
+class Family:
+    """A metric: what /metrics says of it, and which panels show it."""
+
+    def __init__(
+        self, name: str, kind: str, labels: str, help_text: str, *views: View
+    ) -> None:
+        """Describe one; `kind`: counter, gauge or histogram; labels with commas."""
+        self.name = name
+        self.kind = kind
+        self.labels = labels.split(",") if labels else []
+        self.help = help_text
+        self.views = views
+
+
+TABLE = {
+    "Overview": (
+        Family(
+            "dotproxy_build_info",
+            "gauge",
+            "version,python,openssl",
+            "What runs: always 1.",
+            View("Version", "info", "version,python,openssl"),
+        ),
+        Family(
+            "process_start_time_seconds",
+            "gauge",
+            "",
+            "When the process started, in seconds since 1970.",
+            View("Uptime", "age"),
+        ),
+        Family(
+            "dotproxy_queries_in_flight",
+            "gauge",
+            "",
+            "Queries of clients that wait for an answer.",
+            View("Queries in flight", "now"),
+        ),
+    ),
+    "Queries": (
+        Family(
+            "dotproxy_dns_requests_total",
+            "counter",
+            "proto,family,type",
+            "Queries answered.",
+            View("Queries by transport", "rate", "proto,family"),
+            View("Queries by type", "rate", "type"),
+        ),
+        Family(
+            "dotproxy_dns_responses_total",
+            "counter",
+            "rcode,source",
+            "Responses by RCODE and by where they came from.",
+            View("Responses by RCODE", "rate", "rcode"),
+            View("Responses by source", "rate", "source"),
+        ),
+        Family(
+            "dotproxy_dns_request_duration_seconds",
+            "histogram",
+            "source",
+            "Time from a query to its answer, by the answer's source.",
+            View("Time to answer", "quantiles"),
+            View("Time to answer by source, p95", "p95", "source"),
+            View("Time to answer, heat map", "heat", "le"),
+        ),
+        Family(
+            "dotproxy_dns_request_size_bytes",
+            "histogram",
+            "",
+            "Size of queries.",
+            View("Message size, mean", "mean"),
+        ),
+        Family(
+            "dotproxy_dns_response_size_bytes",
+            "histogram",
+            "",
+            "Size of responses.",
+            View("Message size, mean", "mean"),
+        ),
+        Family(
+            "dotproxy_dns_do_requests_total",
+            "counter",
+            "",
+            "Queries that ask for DNSSEC records (DO bit).",
+            View("Queries with DO"),
+        ),
+        Family(
+            "dotproxy_turned_away_total",
+            "counter",
+            "reason",
+            "Queries and connections turned away or dropped, by reason.",
+            View("Turned away", "rate", "reason"),
+        ),
+    ),
+    "Cache": (
+        Family(
+            "dotproxy_cache_hits_total",
+            "counter",
+            "",
+            "Queries answered from the cache, without stale answers.",
+            View("Cache hit ratio", "ratio"),
+        ),
+        Family(
+            "dotproxy_cache_misses_total",
+            "counter",
+            "",
+            "Queries that the cache could not answer.",
+            View("Cache misses"),
+        ),
+        Family(
+            "dotproxy_cache_entries",
+            "gauge",
+            "",
+            "Answers in the cache.",
+            View("Cache entries", "now"),
+        ),
+        Family(
+            "dotproxy_cache_size_bytes",
+            "gauge",
+            "",
+            "Memory that the cache's answers take.",
+            View("Cache memory", "now", "", "bytes"),
+        ),
+        Family(
+            "dotproxy_cache_evictions_total",
+            "counter",
+            "",
+            "Answers put out to make room.",
+            View("Evictions, refreshes, stale answers"),
+        ),
+        Family(
+            "dotproxy_cache_prefetch_total",
+            "counter",
+            "",
+            "Cached answers asked for again with nobody waiting.",
+            View("Evictions, refreshes, stale answers"),
+        ),
+        Family(
+            "dotproxy_cache_served_stale_total",
+            "counter",
+            "",
+            "Queries answered with an expired answer (RFC 8767).",
+            View("Evictions, refreshes, stale answers"),
+        ),
+    ),
+    "Upstreams": (
+        Family(
+            "dotproxy_upstream_up",
+            "gauge",
+            "upstream",
+            "Whether the upstream answers, as far as is known.",
+            View("Upstream up", "now", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_requests_total",
+            "counter",
+            "upstream",
+            "Queries sent to the upstream, with those sent again.",
+            View("Queries by upstream", "rate", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_request_duration_seconds",
+            "histogram",
+            "upstream",
+            "Time the upstream took to answer.",
+            View("Upstream latency, p50", "p50", "upstream"),
+            View("Upstream latency, p95", "p95", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_latency_seconds",
+            "gauge",
+            "upstream",
+            "Smoothed latency that the choice of upstream goes by.",
+            View("Smoothed latency", "now", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_failures_total",
+            "counter",
+            "upstream,cause",
+            "Connections that failed or broke with queries unanswered, by cause; "
+            "`rcode`: responses such as SERVFAIL.",
+            View("Upstream failures", "rate", "upstream,cause"),
+        ),
+        Family(
+            "dotproxy_upstream_connections",
+            "gauge",
+            "upstream",
+            "Open connections.",
+            View("Connections", "now", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_conn_cache_hits_total",
+            "counter",
+            "upstream",
+            "Queries sent over a connection that was open.",
+            View("Connections reused", "ratio", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_conn_cache_misses_total",
+            "counter",
+            "upstream",
+            "Queries that waited for a new connection.",
+            View("Queries that waited for a connection", "rate", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_handshakes_total",
+            "counter",
+            "upstream,result",
+            "Connections begun: `full` or `resumed` TLS, or why there is none.",
+            View("Handshakes", "rate", "upstream,result"),
+        ),
+        Family(
+            "dotproxy_upstream_closes_total",
+            "counter",
+            "upstream,reason",
+            "Open connections that ended, by reason.",
+            View("Connections ended", "rate", "upstream,reason"),
+        ),
+        Family(
+            "dotproxy_upstream_replays_total",
+            "counter",
+            "upstream",
+            "Queries sent again since their connection broke.",
+            View("Replays and hedges", "rate", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_hedges_total",
+            "counter",
+            "upstream",
+            "Copies of overdue queries sent here.",
+            View("Replays and hedges", "rate", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_hedges_won_total",
+            "counter",
+            "upstream",
+            "Copies of overdue queries that were answered first.",
+            View("Replays and hedges", "rate", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_idle_life_seconds",
+            "gauge",
+            "upstream",
+            "How long the upstream keeps idle connections, as learned.",
+            View("Idle life", "now", "upstream"),
+        ),
+        Family(
+            "dotproxy_upstream_certificate_expiry_timestamp_seconds",
+            "gauge",
+            "upstream",
+            "When the upstream's certificate expires, in seconds since 1970.",
+            View("Certificate, days left", "days left", "upstream"),
+        ),
+    ),
+    "Limits": (
+        Family(
+            "dotproxy_stream_clients",
+            "gauge",
+            "proto",
+            "Connected clients, by protocol.",
+            View("TCP and DoT clients", "now", "proto"),
+        ),
+        Family(
+            "dotproxy_pool_threads_busy",
+            "gauge",
+            "pool",
+            "Threads of the pool at work.",
+            View("Threads busy", "now", "pool"),
+        ),
+        Family(
+            "dotproxy_pool_threads_limit",
+            "gauge",
+            "pool",
+            "Threads that the pool may have.",
+            View("Threads allowed", "now", "pool"),
+        ),
+    ),
+    "Process": (
+        Family(
+            "process_cpu_seconds_total",
+            "counter",
+            "",
+            "User and system CPU time.",
+            View("CPU", "rate", "", "percentunit"),
+        ),
+        Family(
+            "process_resident_memory_bytes",
+            "gauge",
+            "",
+            "Resident memory.",
+            View("Memory", "now", "", "bytes"),
+        ),
+        Family(
+            "process_open_fds",
+            "gauge",
+            "",
+            "Open file descriptors.",
+            View("File descriptors", "now"),
+        ),
+        Family(
+            "process_max_fds",
+            "gauge",
+            "",
+            "File descriptors that may be open.",
+            View("File descriptors", "now"),
+        ),
+        Family(
+            "process_threads",
+            "gauge",
+            "",
+            "Threads.",
+            View("Threads", "now"),
+        ),
+    ),
+}
+
+
+class Histogram:
+    """Counts of values up to each bound; guarded by its owner."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.sum = 0.0
+        self.counts: collections.Counter[int] = collections.Counter()  # by bucket
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value so many times."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count each value once: 0.1 us a value."""
+        places = map(functools.partial(bisect.bisect_left, self.bounds), values)
+        self.counts.update(places)
+        self.sum += sum(values)
+
+    def copy(self) -> Histogram:
+        """Return a copy that does not change."""
+        made = Histogram(self.bounds)
+        made.sum, made.counts = self.sum, self.counts.copy()
+        return made
+
+    def cumulated(self) -> list[tuple[float, int]]:
+        """Return each bound, infinity last, with the number of values up to it."""
+        counts = [self.counts[place] for place in range(len(self.bounds) + 1)]
+        return list(zip((*self.bounds, math.inf), itertools.accumulate(counts)))
+
+
+# The name of a family, the values of its labels, and the value.
+Sample = tuple[str, "tuple[str, ...]", "float | Histogram"]
+
+
+def escape(text: str, quotes: bool = True) -> str:
+    """Escape what stands between quotes, or in a line of help."""
+    text = text.replace("\\", "\\\\").replace("\n", "\\n")
+    return text.replace('"', '\\"') if quotes else text
+
+
+def format_number(value: float) -> str:
+    """Write a number as both formats have it."""
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return "NaN" if math.isnan(value) else repr(value)
+
+
+def format_sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
+    """Write one line."""
+    pairs = ",".join(f'{label}="{escape(text)}"' for label, text in labels)
+    return f"{name}{{{pairs}}} {format_number(value)}".replace("{}", "", 1)
+
+
+def format_family(
+    family: Family,
+    samples: Iterable[tuple[tuple[str, ...], float | Histogram]],
+    created: float | None,
+) -> Iterator[str]:
+    """Write a family's lines: OpenMetrics 1.0 if `created` is given, else 0.0.4."""
+    total = family.kind == "counter"
+    base = family.name[: -len("_total")] if total else family.name
+    title = family.name if created is None else base
+    yield f"# HELP {title} {escape(family.help, quotes=created is not None)}"
+    yield f"# TYPE {title} {family.kind}"
+    for values, value in samples:
+        labels = list(zip(family.labels, values))
+        if isinstance(value, Histogram):
+            buckets = value.cumulated()
+            for bound, count in buckets:
+                pair = ("le", format_number(bound))
+                yield format_sample(f"{base}_bucket", [*labels, pair], count)
+            yield format_sample(f"{base}_sum", labels, value.sum)
+            yield format_sample(f"{base}_count", labels, buckets[-1][1])
+        else:
+            yield format_sample(family.name, labels, value)
+        if created is not None and family.kind != "gauge":
+            yield format_sample(f"{base}_created", labels, created)
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """Tell whether an Accept header prefers OpenMetrics 1.0 to the older format."""
+    wishes = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for choice in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in choice.split(";"))
+        given = dict(part.partition("=")[::2] for part in parameters)
+        if given.get("version", "1.0.0") not in ("1.0.0", "0.0.4"):
+            continue
+        with contextlib.suppress(ValueError):
+            quality = float(given.get("q", "1"))
+            wishes[kind] = max(wishes.get(kind, 0.0), quality)
+    return wishes["application/openmetrics-text"] > wishes["text/plain"]
+
+
+def format_metrics(samples: Iterable[Sample], created: float | None = None) -> str:
+    """Write all samples, in the table's order; OpenMetrics if `created` is given."""
+    found: dict[str, list[tuple[tuple[str, ...], float | Histogram]]] = {}
+    for name, labels, value in samples:
+        found.setdefault(name, []).append((labels, value))
+    lines = [
+        line
+        for family in itertools.chain.from_iterable(TABLE.values())
+        if family.name in found
+        for line in format_family(family, found[family.name], created)
+    ]
+    return "\n".join([*lines, *([] if created is None else ["# EOF"]), ""])
+
+
+def process_samples() -> Iterator[Sample]:
+    """Return what the system says of this process: what it does not say is left out."""
+    yield "process_cpu_seconds_total", (), time.process_time()
+    yield "process_threads", (), threading.active_count()
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield "process_max_fds", (), math.inf if limit == resource.RLIM_INFINITY else limit
+    with contextlib.suppress(OSError):
+        yield "process_open_fds", (), len(os.listdir("/dev/fd")) - 1  # but for its own
+    with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+        pages = int(file.read().split()[1])
+        yield "process_resident_memory_bytes", (), pages * resource.getpagesize()
+
+
+# An answer as it is counted: its source, QTYPE as two octets, RCODE, whether DO was
+# set, and the octets of the query and of the answer.
+Label = tuple[str, bytes, int, bool, int, int]
+
+
+def label_answer(query: Query, source: str, rcode: int, size: int) -> Label:
+    """Say what is counted of an answer of `size` octets."""
+    do = query.edns_flags >= DO
+    return source, query.question[-4:-2], rcode, do, query.size, size
+
+
+@functools.lru_cache(maxsize=4096)
+def one_label(label: Label) -> Label:
+    """Return the same object for equal labels: a table finds it 70 ns sooner."""
+    return label
+
+
+class Observer:
+    """Is told of every answer and of who gets none; this one does nothing about it.
+
+    Called without locks, by whichever thread answers: it may not block.
+    """
+
+    def answered_at_once(
+        self, proto: str, family: str, tally: list[Label], seconds: float
+    ) -> None:
+        """These queries of one batch were answered by whom they came to."""
+
+    def answered(
+        self, answers: Sequence[Answered], upstream: Endpoint | None, now: float
+    ) -> None:
+        """These clients, who had to wait, have been answered."""
+
+    def turned_away(self, reason: str, number: int = 1) -> None:
+        """So many queries or connections were turned away; `TURNED_AWAY` has why."""
+
+
+class AnswerCounts:
+    """What is counted of answers: plain numbers, guarded by their owner."""
+
+    def __init__(self) -> None:
+        # What is usual is there from the start: a rate needs a 0 to begin with.
+        transports = itertools.product(("udp", "tcp"), "12", ("A", "AAAA"))
+        self.requests = collections.Counter(dict.fromkeys(transports, 0))
+        rcodes = itertools.product(("NOERROR", "SERVFAIL", "NXDOMAIN"), SOURCES)
+        self.responses = collections.Counter(dict.fromkeys(rcodes, 0))
+        self.sizes = Histogram(SIZES), Histogram(SIZES)
+        self.dnssec = 0
+
+    def add(self, proto: str, family: str, labels: Mapping[Label, int]) -> None:
+        """Count answers to clients of this transport."""
+        for (source, rrtype, rcode, do, size, answer), number in labels.items():
+            name = TYPE_NAMES.get(int.from_bytes(rrtype, "big"), "other")
+            self.requests[proto, family, name] += number
+            self.responses[RCODE_NAMES.get(rcode, "other"), source] += number
+            self.sizes[0].observe(size, number)
+            self.sizes[1].observe(answer, number)
+            self.dnssec += do * number
+
+    def copy(self) -> AnswerCounts:
+        """Return a copy that others may add to."""
+        made = AnswerCounts()
+        made.requests, made.responses = self.requests.copy(), self.responses.copy()
+        made.sizes = self.sizes[0].copy(), self.sizes[1].copy()
+        made.dnssec = self.dnssec
+        return made
+
+    def samples(self) -> Iterator[Sample]:
+        """Return the samples."""
+        responses = self.responses
+        for labels, number in self.requests.items():
+            yield "dotproxy_dns_requests_total", labels, number
+        for pair, number in responses.items():
+            yield "dotproxy_dns_responses_total", pair, number
+        for source, name in ((CACHE, "hits"), (STALE, "served_stale")):
+            total = sum(n for (_, each), n in responses.items() if each == source)
+            yield f"dotproxy_cache_{name}_total", (), total
+        yield "dotproxy_dns_do_requests_total", (), self.dnssec
+        yield "dotproxy_dns_request_size_bytes", (), self.sizes[0]
+        yield "dotproxy_dns_response_size_bytes", (), self.sizes[1]
+        broken = responses["FORMERR", LOCAL] + responses["NOTIMP", LOCAL]
+        yield "dotproxy_turned_away_total", ("format-error",), broken
+
+
+class Metrics(Observer):
+    """Counts what happens per query, and knows whom to ask for all else."""
+
+    MAX_LABELS = 1024  # sorts of answer that are counted apart before they are summed
+    TEXT = "text/plain; version=0.0.4; charset=utf-8"
+    OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
+        self._created = wall()
+        self._collectors: list[Callable[[], Iterable[Sample]]] = [process_samples]
+        self._lock = threading.Lock()  # guards all below
+        # To count labels as they come, and sum them up when somebody looks, costs a hit
+        # 0.15 us; to add to each number that they stand for, more than 1 us.
+        self._labels: dict[tuple[str, str], collections.Counter[Label]] = (
+            collections.defaultdict(collections.Counter)
+        )
+        self._counts = AnswerCounts()
+        self._durations = {source: Histogram(LATENCIES) for source in SOURCES}
+        self._misses = 0
+        self._turned_away = dict.fromkeys(TURNED_AWAY[:-2], 0)
+
+    def add_collector(self, collect: Callable[[], Iterable[Sample]]) -> None:
+        """Have `collect` called by whoever looks; before any thread is started."""
+        self._collectors.append(collect)
+
+    def answered_at_once(
+        self, proto: str, family: str, tally: list[Label], seconds: float
+    ) -> None:
+        """Count a batch."""
+        rest = [label[0] for label in tally if label[0] != CACHE]
+        durations = self._durations
+        with self._lock:
+            self._count_locked((proto, family), tally)
+            durations[CACHE].observe(seconds, len(tally) - len(rest))
+            for source in rest:
+                durations[source].observe(seconds)
+
+    def answered(
+        self, answers: Sequence[Answered], upstream: Endpoint | None, now: float
+    ) -> None:
+        """Count those who had to wait."""
+        tallies: dict[tuple[str, str], list[Label]] = collections.defaultdict(list)
+        waits: dict[str, list[float]] = collections.defaultdict(list)
+        for waiters, response, source in answers:
+            rcode, wait = response.rcode, waits[source]
+            for query, _ in waiters:
+                family = "2" if ":" in query.client[0] else "1"
+                label = label_answer(query, source, rcode, query.answer_size)
+                tallies[query.proto, family].append(label)
+                wait.append(now - query.received)
+        with self._lock:
+            for transport, tally in tallies.items():
+                self._count_locked(transport, tally)
+            for source, seconds in waits.items():
+                self._durations[source].observe_all(seconds)
+                if source in (UPSTREAM, LOCAL):
+                    self._misses += len(seconds)
+
+    def turned_away(self, reason: str, number: int = 1) -> None:
+        """Count them."""
+        with self._lock:
+            self._turned_away[reason] += number
+
+    def samples(self) -> list[Sample]:
+        """Return everything there is to know now; any thread may ask."""
+        return [
+            *self._own_samples(),
+            *itertools.chain(*(c() for c in self._collectors)),
+        ]
+
+    def write(self, accept: str) -> tuple[str, str]:
+        """Return the content type, which the Accept header chooses, and the text."""
+        if wants_openmetrics(accept):
+            return self.OPENMETRICS, format_metrics(self.samples(), self._created)
+        return self.TEXT, format_metrics(self.samples())
+
+    def _own_samples(self) -> Iterator[Sample]:
+        with self._lock:
+            counts = self._counts.copy()
+            labels = {key: each.copy() for key, each in self._labels.items()}
+            durations = {key: each.copy() for key, each in self._durations.items()}
+            turned_away, misses = self._turned_away.copy(), self._misses
+        for transport, each in labels.items():
+            counts.add(*transport, each)
+        yield from counts.samples()
+        for source, duration in durations.items():
+            yield "dotproxy_dns_request_duration_seconds", (source,), duration
+        for reason, number in turned_away.items():
+            yield "dotproxy_turned_away_total", (reason,), number
+        yield "dotproxy_cache_misses_total", (), misses
+        yield "process_start_time_seconds", (), self._created
+        versions = __version__, platform.python_version(), ssl.OPENSSL_VERSION
+        yield "dotproxy_build_info", versions, 1
+
+    def _count_locked(self, transport: tuple[str, str], tally: list[Label]) -> None:
+        labels = self._labels[transport]
+        labels.update(tally)
+        if len(labels) > self.MAX_LABELS:
+            self._counts.add(*transport, labels)
+            labels.clear()
+
+
+# ---- Dashboard -----------------------------------------------------------------------
+# What Grafana imports: each panel that the table of metrics names, a row per heading.
+
+SELECTED = '{job=~"$job",instance=~"$instance"}'
+RATE = "sum by (BY) (rate(NAME[$__rate_interval]))"
+MEAN = RATE.replace("NAME", "NAME_sum") + " / " + RATE.replace("NAME", "NAME_count")
+BUCKETS = "(rate(NAME_bucket[$__rate_interval]))"
+QUANTILES = {
+    f"p{n}": f"histogram_quantile({n / 100}, sum by (le,BY) {BUCKETS})"
+    for n in (50, 90, 95, 99)
+}
+# By kind of view: the usual unit, and PromQL by legend, where the labels do not tell.
+# NAME stands for the metric, OTHER for the misses to its hits, BY for the labels kept.
+QUERIES = {
+    "rate": ("ops", {"": RATE}),
+    "now": ("short", {"": "sum by (BY) (NAME)"}),
+    "info": ("short", {"": "max by (BY) (NAME)"}),
+    "age": ("s", {"": "time() - min by (BY) (NAME)"}),
+    "days left": ("d", {"": "(min by (BY) (NAME) - time()) / 86400"}),
+    "mean": ("bytes", {"": MEAN}),
+    "ratio": (
+        "percentunit",
+        {"": f"{RATE} / ({RATE} + {RATE.replace('NAME', 'OTHER')})"},
+    ),
+    "heat": ("s", {"": "sum by (BY) (increase(NAME_bucket[$__rate_interval]))"}),
+    "p50": ("s", {"": QUANTILES["p50"]}),
+    "p95": ("s", {"": QUANTILES["p95"]}),
+    "quantiles": ("s", QUANTILES),
+}
+# Panels that are no curves over time, by kind of view.
+PANEL_KINDS = {"info": "stat", "age": "stat", "days left": "stat", "heat": "heatmap"}
+PANELS_IN_ROW = 3
+PANEL_WIDTH, PANEL_HEIGHT = 24 // PANELS_IN_ROW, 7  # of a grid that is 24 wide
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+Shown = tuple[Family, View]
+
+
+def write_promql(family: Family, view: View) -> list[tuple[str, str]]:
+    """Return the legend and the PromQL of each line that a view draws."""
+    kept = [label for label in view.by.split(",") if label]
+    labels = [f"{{{{{label}}}}}" for label in kept]
+    name = family.name.replace("dotproxy_", "").replace("_total", "")
+    found = []
+    for legend, text in QUERIES[view.query][1].items():
+        other = family.name.replace("hits", "misses")
+        text = re.sub(r"NAME(\w*)", rf"{family.name}\1{SELECTED}", text)
+        text = text.replace("OTHER", other + SELECTED)
+        text = text.replace("le,BY", ",".join(["le", *kept])).replace("BY", view.by)
+        found.append((" ".join([*labels, legend]).strip() or name, text))
+    return found
+
+
+def build_targets(shown: Sequence[Shown]) -> list[dict[str, object]]:
+    """Build the queries of a panel."""
+    lines = [
+        (view, *line) for family, view in shown for line in write_promql(family, view)
+    ]
+    return [
+        {
+            "refId": chr(ord("A") + number),
+            "datasource": DATASOURCE,
+            "expr": text,
+            "legendFormat": "{{le}}" if view.query == "heat" else legend,
+            "format": "heatmap" if view.query == "heat" else "time_series",
+            "instant": view.query == "info",
+            "range": view.query != "info",
+        }
+        for number, (view, legend, text) in enumerate(lines)
+    ]
+
+
+def build_panel(title: str, shown: Sequence[Shown]) -> dict[str, object]:
+    """Build a panel, but for its number and place."""
+    view = shown[0][1]
+    kind = PANEL_KINDS.get(view.query, "timeseries")
+    options: dict[str, object] = {
+        "timeseries": {
+            "legend": {
+                "displayMode": "list",
+                "placement": "bottom",
+                "showLegend": True,
+            },
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "stat": {
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+            "textMode": "name" if view.query == "info" else "auto",
+            "colorMode": "none",
+        },
+        "heatmap": {"calculate": False, "yAxis": {"unit": "s"}},
+    }
+    defaults: dict[str, object] = {"unit": view.unit or QUERIES[view.query][0]}
+    if kind == "timeseries":
+        defaults.update(min=0, custom={"fillOpacity": 10, "showPoints": "never"})
+    return {
+        "type": kind,
+        "title": title,
+        "description": " ".join(dict.fromkeys(family.help for family, _ in shown)),
+        "datasource": DATASOURCE,
+        "targets": build_targets(shown),
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": options[kind],
+    }
+
+
+def build_panels() -> list[dict[str, object]]:
+    """Build all panels, each in its place below the heading of its row."""
+    panels: list[dict[str, object]] = []
+    numbers, top = itertools.count(1), 0
+    for heading, families in TABLE.items():
+        shown: dict[str, list[Shown]] = {}
+        for family in families:
+            for view in family.views:
+                shown.setdefault(view.panel, []).append((family, view))
+        place = {"x": 0, "y": top, "w": 24, "h": 1}
+        row = {"type": "row", "title": heading, "collapsed": False, "panels": []}
+        panels.append({"id": next(numbers), "gridPos": place, **row})
+        top += 1
+        for number, (title, views) in enumerate(shown.items()):
+            down, across = divmod(number, PANELS_IN_ROW)
+            place = {
+                "x": across * PANEL_WIDTH,
+                "y": top + down * PANEL_HEIGHT,
+                "w": PANEL_WIDTH,
+                "h": PANEL_HEIGHT,
+            }
+            panel = build_panel(title, views)
+            panels.append({"id": next(numbers), "gridPos": place, **panel})
+        top += -(-len(shown) // PANELS_IN_ROW) * PANEL_HEIGHT
+    return panels
+
+
+def build_variable(name: str, query: str) -> dict[str, object]:
+    """Build a variable of the dashboard that chooses among a label's values."""
+    return {
+        "type": "query",
+        "name": name,
+        "label": name.capitalize(),
+        "datasource": DATASOURCE,
+        "query": {"query": query, "refId": name},
+        "definition": query,
+        "refresh": 2,  # whenever the time range changes
+        "includeAll": True,
+        "multi": True,
+        "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
+
+
+def build_dashboard() -> dict[str, object]:
+    """Build the dashboard, as Grafana imports it."""
+    build = "dotproxy_build_info"
+    datasource = {
+        "type": "datasource",
+        "name": "datasource",
+        "label": "Data source",
+        "query": "prometheus",
+    }
+    variables = [
+        datasource,
+        build_variable("job", f"label_values({build}, job)"),
+        build_variable("instance", f'label_values({build}{{job=~"$job"}}, instance)'),
+    ]
+    return {
+        "uid": "dotproxy",
+        "title": "dotproxy",
+        "description": "Plain DNS in, DNS over TLS out.",
+        "tags": ["dns", "dotproxy"],
+        "schemaVersion": 41,  # of Grafana 12; it brings older ones up to date itself
+        "version": 1,
+        "editable": True,
+        "graphTooltip": 1,  # one crosshair for all panels
+        "timezone": "browser",
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "30s",
+        "annotations": {"list": []},
+        "links": [],
+        "templating": {"list": variables},
+        "panels": build_panels(),
+    }
+
+
 # ---- Cache (RFC 2308, RFC 8767, RFC 9520) --------------------------------------------
 # Responses by question, bounded by octets. An entry is live, then stale, then gone; it
 # never changes but for how it is used. It knows nothing of clients or upstreams.
@@ -778,6 +1645,7 @@ class Cache:
     STALE_RETRY = 30.0  # s after a failed refresh until the next, RFC 8767 section 5
     STALE_AFTER = 1.8  # s that a client waits for a fresh answer, RFC 8767 section 5
     POPULAR = 2  # hits from which an entry is prefetched
+    LATEST = 64  # entries to look at for one that can be served
 
     def __init__(
         self,
@@ -800,6 +1668,7 @@ class Cache:
         )
         self._expiries: list[tuple[float, bytes]] = []  # a heap, with outdated items
         self._size = 0
+        self._evictions = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -811,6 +1680,21 @@ class Cache:
     def size(self) -> int:
         """Return how many octets of memory the entries take: a snapshot."""
         return self._size
+
+    def samples(self) -> Iterator[Sample]:
+        """Return its metrics."""
+        yield "dotproxy_cache_entries", (), len(self._entries)
+        yield "dotproxy_cache_size_bytes", (), self._size
+        yield "dotproxy_cache_evictions_total", (), self._evictions
+
+    def can_serve(self, now: float) -> bool:
+        """Tell whether any of the answers used last could be served, stale perhaps."""
+        with self._lock:
+            latest = itertools.islice(reversed(self._entries.values()), self.LATEST)
+            return any(
+                now < entry.expires + self._stale and not entry.failed
+                for entry in latest
+            )
 
     def get(self, key: bytes, now: float) -> CacheEntry | None:
         """Return the entry for this key, live or stale."""
@@ -928,6 +1812,7 @@ class Cache:
     def _shrink_locked(self, now: float) -> None:
         while self._size > self._max_bytes:
             self._remove_locked(self._victim_locked(now))
+            self._evictions += 1
 
     def _tidy_locked(self) -> None:
         """Drop what the heap has on entries that are gone or were replaced."""
@@ -1352,6 +2237,13 @@ class WorkerPool:
         self._tasks.put(task)
         return True
 
+    def samples(self) -> Iterator[Sample]:
+        """Return its metrics."""
+        with self._lock:
+            busy = len(self._threads) - self._idle
+        yield "dotproxy_pool_threads_busy", (self._name,), busy
+        yield "dotproxy_pool_threads_limit", (self._name,), self._limit
+
     def close(self) -> None:
         """End the threads once the waiting tasks are done."""
         with self._lock:
@@ -1619,6 +2511,8 @@ def describe_tls_error(error: ssl.SSLError, trust: Trust) -> UpstreamError:
 
 Reply = Callable[[bytes], None]
 Waiter = tuple[Query, Reply]
+# Who has been answered, with what, and where that came from: one of SOURCES.
+Answered = tuple["Sequence[Waiter]", Response, str]
 
 
 class Exchange:
@@ -1634,6 +2528,7 @@ class Exchange:
         "deadline",
         "done",
         "failure",  # the best answer so far that another upstream may better
+        "hedge",  # the connection that got a copy while another could still answer
         "live",  # copies that may still be answered
         "losses",  # connections that died with it
         "query",
@@ -1654,6 +2549,7 @@ class Exchange:
         self.done = self.suspect = False
         self.copies = self.live = self.losses = 0
         self.avoid: Connection | None = None
+        self.hedge: Connection | None = None
         self.refused_by: tuple[Upstream, ...] = ()
         self.failure: Response | None = None
 
@@ -1681,6 +2577,14 @@ class ConnectionOwner:
 
     def connection_choked(self, connection: Connection) -> None:
         """The kernel takes no more octets: call `resume` in a moment."""
+
+
+class TLSFacts(NamedTuple):
+    """What a handshake agreed on."""
+
+    version: str = ""
+    resumed: bool = False
+    expires: float = 0  # when the certificate does, in s since 1970; 0: not known
 
 
 class TLSChannel:
@@ -1770,10 +2674,14 @@ class TLSChannel:
         with self._lock:
             return self._tls.session
 
-    def facts(self) -> tuple[str, bool]:
-        """Return the TLS version, and whether a session was resumed."""
+    def facts(self) -> TLSFacts:
+        """Return what the handshake agreed on."""
         with self._lock:
-            return self._tls.version() or "", bool(self._tls.session_reused)
+            version, resumed = self._tls.version() or "", self._tls.session_reused
+            certificate = self._tls.getpeercert() or {}
+        expiry = certificate.get("notAfter")
+        seconds = ssl.cert_time_to_seconds(expiry) if isinstance(expiry, str) else 0
+        return TLSFacts(version, bool(resumed), seconds)
 
     def peer(self) -> Peer:
         """Return all there is to know of the other end of an open session."""
@@ -1808,9 +2716,9 @@ class PlainChannel:
     def session(self) -> None:
         """Return None: nothing can be resumed."""
 
-    def facts(self) -> tuple[str, bool]:
+    def facts(self) -> TLSFacts:
         """Return what is logged of a TLS version and of resumption."""
-        return "none", False
+        return TLSFacts("none")
 
     def peer(self) -> None:
         """Return None: nothing is known of who answers."""
@@ -2109,6 +3017,7 @@ class Connection:
         self.alone: Exchange | None = None  # set by the owner: for this exchange only
         self.retired = False  # set by the owner: takes no more queries
         self.proved = False  # set by the owner: has answered
+        self.end_reason = ""  # set by the owner: why it closes it
         self.opened_at = 0.0
         self.active_at = (
             0.0  # when octets last came in, or a query went out after quiet
@@ -2182,9 +3091,9 @@ class Connection:
         """Return the TLS session to resume; complete only after the first answer."""
         return self._channel.session() if self._channel is not None else None
 
-    def facts(self) -> tuple[str, bool]:
-        """Return the TLS version, and whether a session was resumed."""
-        return self._channel.facts() if self._channel is not None else ("", False)
+    def facts(self) -> TLSFacts:
+        """Return what the handshake agreed on."""
+        return self._channel.facts() if self._channel is not None else TLSFacts()
 
     def peer(self) -> Peer | None:
         """Return what TLS knows of the other end, once it is open."""
@@ -2396,6 +3305,21 @@ class Health:
         self.urgent_at = started + urgent * jitter
 
 
+# What is counted of an upstream, with the label that each has beside it.
+FAILURES = (
+    *("timeout", "refused", "reset", "unreachable", "network", "resolve", "tls"),
+    *("certificate", "closed", "garbage", "internal"),
+)
+ENDS = "idle", "spare", "network changed", "ended"  # of ours; others are failures
+UPSTREAM_EVENTS = (
+    *(("requests",), ("replays",), ("hedges",), ("hedges_won",)),
+    ("conn_cache_misses",),
+    *(("failures", cause) for cause in (*FAILURES, "rcode")),
+    *(("handshakes", result) for result in ("full", "resumed", *FAILURES)),
+    *(("closes", reason) for reason in (*FAILURES, *ENDS)),
+)
+
+
 class Upstream:
     """One endpoint and its connections; guarded by the group's lock."""
 
@@ -2413,6 +3337,9 @@ class Upstream:
         self.session: ssl.SSLSession | None = None  # never given to another upstream
         self.dialed_at = 0.0
         self.reported: set[str] = set()  # causes that the log knows of
+        self.counts = collections.Counter(dict.fromkeys(UPSTREAM_EVENTS, 0))
+        self.durations = Histogram(LATENCIES)
+        self.certificate_expires = 0.0  # s since 1970; 0: not known
         self._numbers = itertools.count(1)
 
     @property
@@ -2461,8 +3388,29 @@ class Upstream:
         first = tries == 0 and not self.health.worked
         return self.PATIENT if first or tries % 4 == 3 else self.QUICK
 
+    @property
+    def up(self) -> bool:
+        """Tell whether it answers, as far as is known."""
+        health = self.health
+        return health.failing_since is None and (
+            any(c.is_open for c in self.connections)
+            or (health.worked and not health.doubtful)
+        )
+
+    def note_answers(self, latencies: Sequence[float]) -> None:
+        """Note good answers and how long they took."""
+        self.health.answered(latencies)
+        self.durations.observe_all(latencies)
+
+    def note_opened(self, facts: TLSFacts) -> None:
+        """Note a connection that opened."""
+        self.counts["handshakes", "resumed" if facts.resumed else "full"] += 1
+        self.certificate_expires = facts.expires
+
     def note_failure(self, error: UpstreamError, now: float) -> bool:
         """Note a connection that did not open; True if the log shall say so."""
+        self.counts["handshakes", error.cause] += 1
+        self.counts["failures", error.cause] += 1
         self.health.failed(self.dialed_at, now, error)
         if not self.health.down(now) or error.cause in self.reported:
             return False
@@ -2477,10 +3425,20 @@ class Upstream:
         now: float,
     ) -> None:
         """Note that a connection closed idle, or with queries unanswered."""
+        reason = connection.end_reason or error.cause
+        self.counts["closes", reason] += 1
         if any(not exchange.done for exchange in orphans):
             self.health.doubtful = True
+            self.counts["failures", reason] += reason in FAILURES
         elif not orphans and error.cause in ("closed", "reset"):
             self.idle.note(now - connection.active_at)
+
+    def describe_trouble(self) -> str:
+        """Say in words why it does not answer."""
+        health = self.health
+        mute = health.doubtful and health.failing_since is None
+        text = "took queries and has not answered since" if mute else str(health.error)
+        return f"{self.endpoint}: {text}"
 
     def describe(self) -> str:
         """Return a line on how it does, for the log."""
@@ -2492,6 +3450,31 @@ class Upstream:
             f" overdue_ms={health.overdue_after * 1000:.0f}"
             f" idle_life_s={self.idle.life:.1f} connections={len(self.connections)}"
         )
+
+    def samples(self) -> list[Sample]:
+        """Return its metrics, but for those whose value is not known yet."""
+        name, health = str(self.endpoint), self.health
+        requests, waited = self.counts["requests",], self.counts["conn_cache_misses",]
+        found: dict[str, float | Histogram | None] = {
+            "up": int(self.up),
+            "connections": sum(c.is_open for c in self.connections),
+            "request_duration_seconds": self.durations.copy(),
+            "latency_seconds": health.latency,
+            "conn_cache_hits_total": requests - waited,
+            "idle_life_seconds": self.idle.life,
+            "certificate_expiry_timestamp_seconds": self.certificate_expires or None,
+        }
+        return [
+            *(
+                (f"dotproxy_upstream_{event}_total", (name, *label), number)
+                for (event, *label), number in self.counts.items()
+            ),
+            *(
+                (f"dotproxy_upstream_{metric}", (name,), value)
+                for metric, value in found.items()
+                if value is not None
+            ),
+        ]
 
     def _fit(self, connection: Connection, now: float) -> bool:
         if not connection.is_open or connection.retired or connection.alone:
@@ -2539,6 +3522,11 @@ class Plan:
     def send(self, connection: Connection, exchange: Exchange, now: float) -> None:
         """Have a copy of the exchange sent on this connection."""
         self.send_all(connection, (exchange,), now)
+
+    def close(self, connection: Connection, reason: str) -> None:
+        """Have this connection closed."""
+        connection.end_reason = connection.end_reason or reason
+        self.closes.append(connection)
 
     def send_all(
         self, connection: Connection, exchanges: Sequence[Exchange], now: float
@@ -2624,7 +3612,7 @@ class Fleet:
             spare = upstream.lingering(now)
             if not spare:
                 return False
-            plan.closes.append(spare[0])
+            plan.close(spare[0], "idle")
         self._begin(plan, upstream, None, now)
         return True
 
@@ -2687,16 +3675,16 @@ class Fleet:
                             continue
                     elif age >= self.LINGER:
                         upstream.idle.note(self.LINGER)
-                    plan.closes.append(connection)
+                    plan.close(connection, "idle")
                 elif since is not None and now - since > self.SILENCE:
                     upstream.health.doubtful = True
-                    plan.closes.append(connection)
+                    plan.close(connection, "timeout")
 
     def flush(self, plan: Plan, now: float) -> None:
         """Replace all connections and forget failures: the network has changed."""
         for connection in self.homes:
             connection.retired = True
-            plan.closes.append(connection)
+            plan.close(connection, "network changed")
         for upstream in self.upstreams:
             upstream.health.forgive()
             self._begin(plan, upstream, None, now)
@@ -2717,10 +3705,14 @@ class Fleet:
         upstream.connections.remove(connection)
         return upstream
 
-    def note_answers(self, upstream: Upstream, good: list[Answer]) -> None:
+    def note_answers(self, connection: Connection, good: list[Answer]) -> None:
         """Note good answers, and who had refused to give them."""
-        upstream.health.answered([latency for _, _, latency in good])
+        upstream = self.homes[connection]
+        upstream.note_answers([latency for _, _, latency in good])
         for exchange, _, _ in good:
+            if exchange.hedge is not None:
+                upstream.counts["hedges_won",] += exchange.hedge is connection
+                exchange.hedge = None  # the first answer counts
             if exchange.refused_by:
                 for refuser in exchange.refused_by:
                     refuser.health.doubtful = refuser is not upstream
@@ -2794,7 +3786,7 @@ class Quarantine:
             if now < due:
                 return due
             exchange.suspect = False
-            plan.closes.append(used)
+            plan.close(used, "spare")
         return now + Health.OVERDUE_MIN
 
 
@@ -2859,21 +3851,24 @@ class Dispatcher:
         upstream.health.opened(connection.round_trip)
         if connection.alone:
             if connection.alone.done:
-                plan.closes.append(connection)
+                plan.close(connection, "spare")
             else:
                 plan.send(connection, connection.alone, now)
-            return
-        for exchange in list(self.parked):
-            if upstream not in exchange.refused_by:
-                del self.parked[exchange]
-                if not exchange.done:
-                    plan.send(connection, exchange, now)
+        else:
+            for exchange in list(self.parked):
+                if upstream not in exchange.refused_by:
+                    del self.parked[exchange]
+                    if not exchange.done:
+                        plan.send(connection, exchange, now)
+        waited = plan.sends.get(connection, ())
+        upstream.counts["conn_cache_misses",] += len(waited)
 
     def refused(
         self, plan: Plan, connection: Connection, answers: list[Answer], now: float
     ) -> None:
         """Ask another upstream about failures; pass one on where none is left."""
         upstream = self.fleet.homes[connection]
+        upstream.counts["failures", "rcode"] += len(answers)
         for exchange, response, _ in answers:
             exchange.live -= 1
             if exchange.done:
@@ -2898,9 +3893,9 @@ class Dispatcher:
         error: UpstreamError,
         orphans: list[Exchange],
         now: float,
-    ) -> None:
-        """Send again what a connection left unanswered."""
-        alone = connection.alone
+    ) -> int:
+        """Send again what a connection left unanswered; return how many those are."""
+        alone, replays = connection.alone, 0
         if alone and alone not in orphans and connection.opened_at == 0.0:
             orphans = [*orphans, alone]
             alone.live += 1
@@ -2913,6 +3908,7 @@ class Dispatcher:
             # against the query.
             guilty = error.cause != "ended" and connection.opened_at > 0.0
             exchange.losses += guilty
+            replays += connection.opened_at > 0.0
             suspect = guilty and exchange.losses >= self.ALONE_AFTER
             if exchange.losses > self.MAX_LOSSES:
                 self._give_up(plan, exchange, f"{error} {exchange.losses} times")
@@ -2922,6 +3918,7 @@ class Dispatcher:
             else:
                 self._again(plan, exchange, now)
         self.review(plan, now)
+        return replays
 
     def review(self, plan: Plan, now: float) -> None:
         """Give up on parked exchanges for which no connection may open soon."""
@@ -2965,9 +3962,13 @@ class Dispatcher:
             return now + Health.OVERDUE_MIN
         if early and not (self._free(exchange, home, now) or self._budget.spend()):
             return exchange.sent + self.CERTAIN
+        copies = exchange.copies
         self._again(plan, exchange, now)
         if exchange in self.parked and used.is_open and not early:
             plan.send(used, exchange, now)  # no other to be had: the same once more
+        if exchange.copies > copies and exchange.avoid:
+            exchange.hedge = exchange.avoid
+            self.fleet.homes[exchange.avoid].counts["hedges",] += 1
         return now + gap
 
     def _free(self, exchange: Exchange, home: Upstream | None, now: float) -> bool:
@@ -3051,7 +4052,7 @@ class UpstreamGroup(ConnectionOwner):
         endpoints: Sequence[Endpoint],
         trust: Trust,
         timer: Timer,
-        complete: Callable[[list[Outcome]], None],
+        complete: Callable[[list[Outcome], Endpoint | None], None],
         *,
         strategy: str = "fastest",
         clock: Callable[[], float] = time.monotonic,
@@ -3091,6 +4092,7 @@ class UpstreamGroup(ConnectionOwner):
             if self._sleep.passed(now):
                 self._fleet.flush(plan, now)
             patience = self._dispatcher.first(plan, exchanges, now)
+            self._note_sends_locked(plan)
             watching, self._watching = self._watching, True
         self._carry_out(plan, now)
         self._timer.at(now + patience, functools.partial(self._check, exchanges))
@@ -3118,16 +4120,36 @@ class UpstreamGroup(ConnectionOwner):
             upstreams = self._fleet.upstreams
             return sum(not each.health.failures for each in upstreams), len(upstreams)
 
+    def samples(self) -> list[Sample]:
+        """Return the metrics of all upstreams."""
+        with self._lock:
+            return [s for each in self._fleet.upstreams for s in each.samples()]
+
+    def trouble(self) -> str:
+        """Say why no upstream answers, or nothing where one does; never blocks.
+
+        Where none does, the one who asks has them tried again when that is due: with no
+        other client to do so, it would never be learned that the outage is over.
+        """
+        with self._planning() as (plan, now):
+            upstreams = self._fleet.upstreams
+            if any(upstream.up for upstream in upstreams):
+                return ""
+            for upstream in upstreams:
+                self._fleet.dial(plan, upstream, now, urgent=False)
+            return "; ".join(each.describe_trouble() for each in upstreams)
+
     def connection_opened(self, connection: Connection) -> None:
         """Give the new connection what waits for one."""
+        facts = connection.facts()
         with self._planning() as (plan, now):
             upstream = self._fleet.homes[connection]
+            upstream.note_opened(facts)
             reported, upstream.reported = upstream.reported, set()
             self._dispatcher.opened(plan, connection, now)
-        version, resumed = connection.facts()
         logger.debug(
             "connected: upstream=%s tls=%s resumed=%s",
-            *(connection.endpoint, version, resumed),
+            *(connection.endpoint, facts.version, facts.resumed),
         )
         if reported:
             logger.info("upstream up: name=%s", connection.endpoint)
@@ -3139,13 +4161,13 @@ class UpstreamGroup(ConnectionOwner):
         bad = [a for a in answers if a[1].rcode in FAILURE_RCODES]
         good = [a for a in answers if a not in bad] if bad else answers
         if good:
-            self._complete([answer[:2] for answer in good])
+            self._complete([answer[:2] for answer in good], connection.endpoint)
         first = not connection.proved
         session = connection.session() if good and first else None
         with self._lock:
             upstream = self._fleet.homes[connection]
             if good:
-                self._fleet.note_answers(upstream, good)
+                self._fleet.note_answers(connection, good)
             if session is not None:
                 upstream.session = session
         if good:
@@ -3165,7 +4187,7 @@ class UpstreamGroup(ConnectionOwner):
             if bad:
                 self._dispatcher.refused(plan, connection, bad, now)
             if connection.alone:
-                plan.closes.append(connection)
+                plan.close(connection, "spare")
 
     def connection_lost(
         self, connection: Connection, error: UpstreamError, orphans: list[Exchange]
@@ -3181,7 +4203,8 @@ class UpstreamGroup(ConnectionOwner):
                 upstream.note_loss(connection, error, orphans, now)
             elif error.cause != "ended":
                 report = upstream.note_failure(error, now)
-            self._dispatcher.lost(plan, connection, error, orphans, now)
+            replays = self._dispatcher.lost(plan, connection, error, orphans, now)
+            upstream.counts["replays",] += replays
             # One that was closed at once would be again: leave it to the next look.
             lived = now - connection.opened_at >= self.ROUND
             if lived and now - self._active_at < self.ACTIVE:
@@ -3236,7 +4259,12 @@ class UpstreamGroup(ConnectionOwner):
         plan, now = Plan(), self._clock()
         with self._lock:
             yield plan, now
+            self._note_sends_locked(plan)
         self._carry_out(plan, now)
+
+    def _note_sends_locked(self, plan: Plan) -> None:
+        for connection, exchanges in plan.sends.items():
+            self._fleet.homes[connection].counts["requests",] += len(exchanges)
 
     def _carry_out(self, plan: Plan, now: float) -> None:
         for connection in [] if self._closed else plan.starts:
@@ -3252,7 +4280,7 @@ class UpstreamGroup(ConnectionOwner):
         for connection in plan.closes:
             connection.close()
         if plan.done:
-            self._complete(plan.done)
+            self._complete(plan.done, None)
 
     def _new_connection(self, upstream: Upstream, alone: Exchange | None) -> Connection:
         return Connection(
@@ -3275,12 +4303,6 @@ def failure_response(error: UpstreamError) -> Response:
     return error_response(Rcode.SERVFAIL, build_option(error.info, str(error)))
 
 
-def answer_all(waiters: Sequence[Waiter], response: Response) -> None:
-    """Answer everyone who waits."""
-    for query, reply in waiters:
-        reply(build_answer(query, response))
-
-
 def greediest(
     exchanges: Iterable[Exchange], number: int
 ) -> list[tuple[Exchange, Waiter]]:
@@ -3291,8 +4313,8 @@ def greediest(
     everybody = [
         (exchange, waiter) for exchange in exchanges for waiter in exchange.waiters
     ]
-    clients = collections.Counter(waiter[0].client for _, waiter in everybody)
-    everybody.sort(key=lambda entry: -clients[entry[1][0].client])
+    clients = collections.Counter(waiter[0].client[0] for _, waiter in everybody)
+    everybody.sort(key=lambda entry: -clients[entry[1][0].client[0]])
     return everybody[:number]
 
 
@@ -3317,30 +4339,37 @@ class Shelf:
         self._local = local
         self._timer = timer
         self._refresh = refresh
-        # By datagram without its ID: until when, the answer without its ID, the entry.
+        # By datagram without its ID: until when, the answer without its ID, the entry,
+        # and what is counted.
         # No lock: single operations of a dict are atomic on every build.
-        self._hot: dict[bytes, tuple[float, bytes, CacheEntry]] = {}
+        self._hot: dict[bytes, tuple[float, bytes, CacheEntry, Label]] = {}
 
-    def lookup(self, message: bytes, now: float) -> bytes | Query:
+    def lookup(self, message: bytes, now: float, tally: list[Label]) -> bytes | Query:
         """Return the answer to a datagram, or the query that has to be resolved.
 
-        Never blocks, does no I/O, never raises: the receiving thread may call it.
+        Never blocks, does no I/O, never raises: the receiving thread may call it. What
+        is answered is added to `tally`.
         """
         # Most queries repeat byte for byte, but for the ID. No entry here outlives a
         # second of its TTL.
         hot = self._hot.get(message[2:])
         if hot is not None and now < hot[0]:
             hot[2].hits += 1
+            tally.append(hot[3])
             return message[:2] + hot[1]
-        return self._look_up(message, now, stream=False)
+        return self._look_up(message, now, tally, stream=False)
 
-    def lookup_stream(self, message: bytes, now: float) -> bytes | Query:
+    def lookup_stream(
+        self, message: bytes, now: float, tally: list[Label]
+    ) -> bytes | Query:
         """Do the same for a message that came over TCP."""
-        return self._look_up(message, now, stream=True)
+        return self._look_up(message, now, tally, stream=True)
 
-    def lookup_encrypted(self, message: bytes, now: float) -> bytes | Query:
+    def lookup_encrypted(
+        self, message: bytes, now: float, tally: list[Label]
+    ) -> bytes | Query:
         """Do the same for a message that came over TLS."""
-        return self._look_up(message, now, stream=True, encrypted=True)
+        return self._look_up(message, now, tally, stream=True, encrypted=True)
 
     def flush(self) -> None:
         """Forget every cached answer."""
@@ -3349,32 +4378,50 @@ class Shelf:
         logger.info("cache flushed: entries=%d", number)
 
     def _look_up(
-        self, message: bytes, now: float, stream: bool, encrypted: bool = False
+        self,
+        message: bytes,
+        now: float,
+        tally: list[Label],
+        *,
+        stream: bool,
+        encrypted: bool = False,
     ) -> bytes | Query:
         try:
             query = parse_query(message, stream, encrypted)
         except FormatError as error:
-            return build_format_error(message, error.rcode)
+            answer = build_format_error(message, error.rcode)
+            sizes = len(message), len(answer)
+            tally.append((LOCAL, b"", error.rcode, False, *sizes))
+            return answer
         if query.refusal:
-            return build_answer(query, error_response(query.refusal))
+            refusal = error_response(query.refusal)
+            return self._answer_locally(query, refusal, tally)
         entry = self._cache.get(query.cache_key, now) if query.cache_key else None
         if entry is None:
             response = self._local.respond(query, stream)
-            return query if response is None else build_answer(query, response)
+            return self._answer_locally(query, response, tally) if response else query
         if now >= entry.expires:
-            return self._look_up_stale(query, entry, now)
+            return self._look_up_stale(query, entry, now, tally)
         popular = entry.hits >= Cache.POPULAR and query.flags & RD
         wanted = popular and not entry.retry_at and not entry.failed
         if wanted and now >= entry.prefetch_at:
             entry.retry_at = entry.expires
             self._timer.at(now, functools.partial(self._refresh, query))
         answer = self._cache.answer(entry, query, now)
+        label = label_answer(query, CACHE, answer[3] & RCODE_MASK, len(answer))
+        tally.append(label)
         if not stream:
-            self._keep_hot(message[2:], answer[2:], entry, now)
+            self._keep_hot(message[2:], (answer[2:], entry, one_label(label)), now)
+        return answer
+
+    @staticmethod
+    def _answer_locally(query: Query, response: Response, tally: list[Label]) -> bytes:
+        answer = build_answer(query, response)
+        tally.append(label_answer(query, LOCAL, response.rcode, len(answer)))
         return answer
 
     def _look_up_stale(
-        self, query: Query, entry: CacheEntry, now: float
+        self, query: Query, entry: CacheEntry, now: float, tally: list[Label]
     ) -> bytes | Query:
         """Answer at once where that failed before, else have it asked for again."""
         if query.key != query.cache_key:  # RFC 8767 section 4: never with RD=0
@@ -3385,12 +4432,15 @@ class Shelf:
         if now >= entry.retry_at:
             entry.retry_at = now + Cache.STALE_RETRY
             self._timer.at(now, functools.partial(self._refresh, query))
-        return self._cache.stale_answer(entry, query)
+        answer = self._cache.stale_answer(entry, query)
+        tally.append(label_answer(query, STALE, answer[3] & RCODE_MASK, len(answer)))
+        return answer
 
     def _keep_hot(
-        self, question: bytes, answer: bytes, entry: CacheEntry, now: float
+        self, question: bytes, ready: tuple[bytes, CacheEntry, Label], now: float
     ) -> None:
         """Keep an answer ready until one of its TTLs changes or it may be refreshed."""
+        entry = ready[1]
         if entry.size(question) > self.MAX_HOT_SIZE:
             return
         until = entry.stored_at + int(now - entry.stored_at) + 1
@@ -3400,7 +4450,7 @@ class Shelf:
             return  # the next hit may make it popular
         if len(self._hot) >= self.MAX_HOT:
             self._hot = {}
-        self._hot[question] = (min(until, entry.expires), answer, entry)
+        self._hot[question] = (min(until, entry.expires), *ready)
 
 
 Route = tuple[str, Endpoint]  # a domain in lower case, and one of its servers
@@ -3470,6 +4520,17 @@ class Routes:
         up, known = zip(*(group.count_up() for group in groups))
         return sum(up), sum(known)
 
+    def samples(self) -> Iterator[Sample]:
+        """Return the metrics of all upstreams, each once."""
+        found: dict[tuple[str, tuple[str, ...]], Sample] = {}
+        for group in (*self._groups.values(), self._default):
+            found.update(((s[0], s[1]), s) for s in group.samples())
+        yield from found.values()
+
+    def trouble(self) -> str:
+        """Say why none of the upstreams answers that most names are asked of."""
+        return self._default.trouble()
+
     def _send_by_name(self, exchanges: Sequence[Exchange], now: float) -> None:
         """Send new exchanges, each to the upstreams of its name."""
         rest: list[Exchange] = []
@@ -3514,35 +4575,36 @@ class Proxy:
         routes: Iterable[Route] = (),
         local: LocalAnswers | None = None,
         guard: RebindingGuard | None = None,
+        observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
-        self._timer = timer
+        self.observer = observer or Observer()
+        self._timer, self._clock = timer, clock
         self._cache = cache
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._clock = clock
         self._guard = guard
         self._shelf = Shelf(cache, local or LocalAnswers(), timer, self._refresh)
         self.lookup = self._shelf.lookup
         self.lookup_stream = self._shelf.lookup_stream
         self.lookup_encrypted = self._shelf.lookup_encrypted
         self.flush = self._shelf.flush
-        binding = ProcessorBinding()
-
-        def build(group: Sequence[Endpoint]) -> UpstreamGroup:
-            return UpstreamGroup(
-                *(group, trust, timer, self.complete),
-                strategy=strategy,
-                clock=clock,
-                binding=binding,
-            )
-
+        build = functools.partial(
+            UpstreamGroup,
+            trust=trust,
+            timer=timer,
+            complete=self.complete,
+            strategy=strategy,
+            clock=clock,
+            binding=ProcessorBinding(),
+        )
         self._upstreams = Routes(endpoints, routes, build)
-        # Guards _exchanges, _count, _idle, and the waiters of exchanges.
+        # Guards _exchanges, _count, _idle, _refreshes, and the waiters of exchanges.
         self._lock = threading.Lock()
         self._exchanges: dict[bytes, Exchange] = {}
         self._count = 0  # clients' queries in flight
+        self._refreshes = 0  # exchanges that nobody waited for, since the start
         self._idle = threading.Condition(self._lock)  # told when _count falls to 0
 
     def start(self) -> None:
@@ -3565,6 +4627,20 @@ class Proxy:
         cached = len(self._cache)
         work = f"{self._count} queries in flight, {cached} answers cached"
         return f"{up} of {known} upstreams up, {work}"
+
+    def samples(self) -> Iterator[Sample]:
+        """Return the metrics of the proxy, its cache and its upstreams."""
+        yield "dotproxy_queries_in_flight", (), self._count
+        yield "dotproxy_cache_prefetch_total", (), self._refreshes
+        yield from self._cache.samples()
+        yield from self._upstreams.samples()
+
+    def trouble(self) -> str:
+        """Say why queries cannot be answered now, or nothing where they can."""
+        trouble = self._upstreams.trouble()
+        if not trouble or self._cache.can_serve(self._clock()):
+            return ""
+        return f"no upstream answers, and the cache has nothing: {trouble}"
 
     def drain(self, seconds: float) -> bool:
         """Wait until every query is answered, at most so long; this one blocks."""
@@ -3599,7 +4675,9 @@ class Proxy:
             shed = self._shed_locked() if self._count > self._max_in_flight else []
         if shed:
             error = UpstreamError("overload", "too many queries in flight")
-            answer_all(shed, failure_response(error))
+            answered = self._answer(shed, failure_response(error), LOCAL, now)
+            self.observer.answered([answered], None, now)
+            self.observer.turned_away("overload", len(shed))
         for exchange in aging:
             serve = functools.partial(self._serve_stale, exchange)
             self._timer.at(now + Cache.STALE_AFTER, serve)
@@ -3612,8 +4690,13 @@ class Proxy:
         if fresh:
             self._upstreams.send(fresh, now)
 
-    def complete(self, outcomes: list[Outcome]) -> None:
-        """Answer everyone who waits for these exchanges, unless that was done."""
+    def complete(
+        self, outcomes: list[Outcome], upstream: Endpoint | None = None
+    ) -> None:
+        """Answer everyone who waits for these exchanges, unless that was done.
+
+        `upstream`: the one that answered, where it was one.
+        """
         now = self._clock()
         # Into the cache first: who finds no exchange to join finds the answer there.
         results = [
@@ -3626,11 +4709,13 @@ class Proxy:
             for exchange, result in results:
                 if not exchange.done:
                     finished.append((self._finish_locked(exchange), result))
-        for waiters, result in finished:
-            if isinstance(result, CacheEntry):
-                self._answer_stale(waiters, result)
-            else:
-                answer_all(waiters, result)
+        answered = [
+            self._answer(waiters, *result, now)
+            for waiters, result in finished
+            if waiters
+        ]
+        if answered:
+            self.observer.answered(answered, upstream, now)
 
     def _answered_late(self, exchange: Exchange, now: float) -> bool:
         """Answer a new exchange from the cache if it can since the lookup missed."""
@@ -3639,9 +4724,34 @@ class Proxy:
             return False
         with self._lock:
             waiters = [] if exchange.done else self._finish_locked(exchange)
-        for query, reply in waiters:
-            reply(self._cache.answer(entry, query, now))
+        if waiters:
+            answered = self._answer(waiters, entry, CACHE, now)
+            self.observer.answered([answered], None, now)
         return True
+
+    def _answer(
+        self,
+        waiters: Sequence[Waiter],
+        found: Response | CacheEntry,
+        source: str,
+        now: float,
+    ) -> Answered:
+        """Answer everyone who waits, of whom there is one at least."""
+        if isinstance(found, Response):
+            for query, reply in waiters:
+                message = build_answer(query, found)
+                query.answer_size = len(message)
+                reply(message)
+            return waiters, found, source
+        cache = self._cache
+        for query, reply in waiters:
+            if source == STALE:
+                message = cache.stale_answer(found, query)
+            else:
+                message = cache.answer(found, query, now)
+            query.answer_size = len(message)
+            reply(message)
+        return waiters, found.response(waiters[0][0]), source
 
     def _finish_locked(self, exchange: Exchange) -> list[Waiter]:
         """Take an exchange out of those in flight; return who waits for it."""
@@ -3655,23 +4765,26 @@ class Proxy:
 
     def _remember(
         self, exchange: Exchange, outcome: Response | UpstreamError, now: float
-    ) -> Response | CacheEntry:
-        """Cache an outcome; return what to answer, which may be a stale entry."""
+    ) -> tuple[Response | CacheEntry, str]:
+        """Cache an outcome; return what to answer, and what that is: its source."""
         query, cachable = exchange.query, exchange.query.key == exchange.query.cache_key
         if isinstance(outcome, Response) and outcome.rcode not in FAILURE_RCODES:
             if self._guard is not None:
                 outcome = self._guard.screen(query, outcome)
-            return self._cache.put(query.key, outcome, now) if cachable else outcome
+            if cachable:
+                outcome = self._cache.put(query.key, outcome, now)
+            return outcome, UPSTREAM
         if query.stale is not None:
             query.stale.retry_at = now + Cache.STALE_RETRY
-            return query.stale
+            return query.stale, STALE
+        source = UPSTREAM if isinstance(outcome, Response) else LOCAL
         # Failures of the upstream and time-outs are dear; others happen at once again.
         dear = isinstance(outcome, Response) or outcome.cause == "timeout"
         if isinstance(outcome, UpstreamError):
             outcome = failure_response(outcome)
         if dear and exchange.copies and cachable:
-            return self._cache.put(query.key, outcome, now)
-        return outcome
+            outcome = self._cache.put(query.key, outcome, now)
+        return outcome, source
 
     def _serve_stale(self, exchange: Exchange) -> None:
         """Answer from the stale entry who has waited long enough; ask on regardless."""
@@ -3680,14 +4793,11 @@ class Proxy:
             self._count -= len(waiters)
             if not self._count:
                 self._idle.notify_all()
-        entry = exchange.query.stale
+        entry, now = exchange.query.stale, self._clock()
         if waiters and entry is not None:
-            entry.retry_at = self._clock() + Cache.STALE_RETRY
-            self._answer_stale(waiters, entry)
-
-    def _answer_stale(self, waiters: Sequence[Waiter], entry: CacheEntry) -> None:
-        for query, reply in waiters:
-            reply(self._cache.stale_answer(entry, query))
+            entry.retry_at = now + Cache.STALE_RETRY
+            answered = self._answer(waiters, entry, STALE, now)
+            self.observer.answered([answered], None, now)
 
     def _refresh(self, query: Query) -> None:
         """Ask for a cached answer again, with nobody waiting."""
@@ -3697,6 +4807,7 @@ class Proxy:
                 return
             exchange = Exchange(query, now, now + self._timeout)
             self._exchanges[query.key] = exchange
+            self._refreshes += 1
         self._upstreams.send([exchange], now)
 
     def _shed_locked(self) -> list[Waiter]:
@@ -3750,14 +4861,14 @@ class AccessList:
         return any(address in network for network in self._networks)
 
 
-LOCAL = AccessList(LOCAL_NETWORKS)
+LOCAL_ADDRESSES = AccessList(LOCAL_NETWORKS)
 
 
 def is_open(network: Network) -> bool:
     """Tell whether a network has far more of the Internet than anybody's own."""
     ends = network.network_address, network.broadcast_address
     wide = network.prefixlen < (8 if network.version == 4 else 16)
-    return wide and not all(end in LOCAL for end in ends)
+    return wide and not all(end in LOCAL_ADDRESSES for end in ends)
 
 
 class Bucket:
@@ -3828,6 +4939,12 @@ class Verdict(enum.Enum):
     DROP = "drop"  # over the rate
 
 
+REASONS = {  # of TURNED_AWAY
+    **{Verdict.REFUSE: "acl", Verdict.IGNORE: "acl"},
+    **{Verdict.TRUNCATE: "slip", Verdict.DROP: "rate-limit"},
+}
+
+
 class Admission:
     """Tells the servers who may ask, and how often; any thread may ask it.
 
@@ -3850,7 +4967,7 @@ class Admission:
         """Admit clients in `allow`; `rate`: queries/s of a prefix, 0 for any."""
         self.free: set[str] = set()  # clients known to be allowed and not limited
         self._allowed = AccessList(allow)
-        self._unlimited = AccessList(()) if limit_all else LOCAL
+        self._unlimited = AccessList(()) if limit_all else LOCAL_ADDRESSES
         self._rate = rate
         self._refusals = RateLimiter(*self.REFUSALS)
         self._datagrams = RateLimiter(rate or 1, (rate or 1) * self.BURST)
@@ -3951,6 +5068,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
 
     BATCH = 64  # datagrams; more gain nothing and make the first ones wait
     RECEIVE_BUFFER = 4 << 20  # octets: a burst of some thousand queries is not lost
+    proto = "udp"
     max_packet_size = 4096  # a query is far smaller; recvfrom allocates this each time
     daemon_threads = True
     PROHIBITED = tuple(
@@ -3977,6 +5095,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         self._inherited = inherited
         host = ipaddress.ip_address(address[0])
         self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
+        self._family = "2" if host.version == 6 else "1"  # as CoreDNS counts them
         self._wildcard = host.is_unspecified
         super().__init__(address, UDPHandler)
 
@@ -4028,23 +5147,31 @@ class UDPServer(socketserver.ThreadingUDPServer):
         self, request: list[Datagram], client_address: Address
     ) -> None:
         """Answer what the cache can; turn away, hand to a worker, or drop the rest."""
-        now, lookup, misses = self.clock(), self.proxy.lookup, []
-        free = self.admission.free
+        now, proxy, free = self.clock(), self.proxy, self.admission.free
+        lookup, misses = proxy.lookup, []
+        tally: list[Label] = []
         for message, address, ancillary in request:
             if address[0] not in free:
                 verdict = self.admission.verdict(address[0], now)
                 if verdict is not Verdict.ALLOW:
                     self._turn_away((message, address, ancillary), verdict)
                     continue
-            found = lookup(message, now)
+            found = lookup(message, now, tally)
             if isinstance(found, bytes):
                 self.reply(address, ancillary, found)
             else:
-                found.client = address[0]
+                found.client = address
+                found.received = now
+                found.proto = "udp"
                 reply = functools.partial(self.reply, address, ancillary)
                 misses.append((found, reply))
         if misses:
-            self._pool.submit(functools.partial(self._finish, misses, client_address))
+            finish = functools.partial(self._finish, misses, client_address)
+            if not self._pool.submit(finish):
+                proxy.observer.turned_away("backlog", len(misses))
+        if tally:
+            seconds = self.clock() - now
+            proxy.observer.answered_at_once("udp", self._family, tally, seconds)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
@@ -4066,6 +5193,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         """Answer a query in fewer octets than it has, or not at all."""
         message, address, ancillary = datagram
         logger.debug("turned away: client=%s verdict=%s", address[0], verdict.value)
+        self.proxy.observer.turned_away(REASONS[verdict])
         if verdict is Verdict.REFUSE:
             short = build_short_answer(message, Rcode.REFUSED, options=self.PROHIBITED)
             self.reply(address, ancillary, short)
@@ -4167,9 +5295,9 @@ class StreamHandler(socketserver.BaseRequestHandler):
         self._reading = bool(octets)
         return octets
 
-    def look_up(self, message: bytes) -> bytes | Query:
+    def look_up(self, message: bytes, tally: list[Label]) -> bytes | Query:
         """Return the answer to a message, or the query that has to be resolved."""
-        return self.server.proxy.lookup_stream(message, self.active_at)
+        return self.server.proxy.lookup_stream(message, self.active_at, tally)
 
     def seal(self, octets: bytes) -> bytes:
         """Return what goes out for these octets of answers; called in their order."""
@@ -4229,17 +5357,26 @@ class StreamHandler(socketserver.BaseRequestHandler):
         count, self._ready_at = self._pace(len(messages))
         self._waiting = messages[count:]
         queries: list[Waiter] = []
+        tally: list[Label] = []
+        server, now = self.server, self.active_at
         for message in filter(answerable, messages[:count]):
             with self._lock:
                 self.in_flight += 1
-            found = self.look_up(message)
+            found = self.look_up(message, tally)
             if isinstance(found, bytes):
                 self.reply(found)
             else:
-                found.client = self.client_address[0]
+                found.client = self.client_address
+                found.received = now
+                found.proto = server.proto
                 queries.append((found, self.reply))
         if queries:
-            self.server.proxy.resolve(queries)
+            server.proxy.resolve(queries)
+        if tally:
+            family = "2" if server.address_family == socket.AF_INET6 else "1"
+            seconds = server.clock() - now
+            observer = server.proxy.observer
+            observer.answered_at_once(server.proto, family, tally, seconds)
 
     def _push(self, octets: bytes, answers: int = 0) -> None:
         """Send what the kernel takes and keep the rest; break where it is hopeless."""
@@ -4287,11 +5424,12 @@ class Clients:
     def __init__(self, limit: int, limit_per_address: int) -> None:
         self._limit = limit
         self._limit_per_address = limit_per_address  # many sit behind one gateway
-        self._lock = threading.Lock()  # guards _accepted and _connected
+        self._lock = threading.Lock()  # guards all below
         # By address, with those that no thread serves yet: were they not counted, idle
         # clients could hold all threads and nobody would have to make room.
         self._accepted: collections.Counter[str] = collections.Counter()
         self._connected: set[StreamHandler] = set()
+        self._turned_away = 0
 
     def enter(self, client: StreamHandler) -> None:
         """Count a client in; its own thread calls this."""
@@ -4303,6 +5441,15 @@ class Clients:
         with self._lock:
             self._connected.discard(client)
 
+    def samples(self) -> Iterator[Sample]:
+        """Return its metrics."""
+        with self._lock:
+            protos = collections.Counter(c.server.proto for c in self._connected)
+            turned_away = self._turned_away
+        yield "dotproxy_turned_away_total", ("connections",), turned_away
+        for proto in ("tcp", "dot"):
+            yield "dotproxy_stream_clients", (proto,), protos[proto]
+
     def accept(self, address: str) -> bool:
         """Count one more accepted; the longest idle connection makes room for it.
 
@@ -4312,6 +5459,7 @@ class Clients:
             crowded = self._accepted[address] >= self._limit_per_address
             victim = None
             if crowded or sum(self._accepted.values()) >= self._limit:
+                self._turned_away += 1
                 victim = self._longest_idle_locked(address if crowded else None)
                 if victim is None:
                     return False
@@ -4349,6 +5497,7 @@ class Clients:
 class TCPServer(socketserver.ThreadingTCPServer):
     """Accepts connections and gives each a thread of the pool."""
 
+    proto = "tcp"
     address_family: int
     allow_reuse_address = True
     request_queue_size = 128
@@ -4414,6 +5563,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         admitted = self.admission.admits(client_address[0])
         if not admitted:
             logger.debug("turned away: client=%s over=tcp", client_address[0])
+            self.proxy.observer.turned_away("acl")
         return admitted
 
     def process_request(  # type: ignore[override]
@@ -4579,9 +5729,9 @@ class TLSHandler(StreamHandler):
         """Return octets of queries; none for a record that has not come whole."""
         return self._open(super().receive())
 
-    def look_up(self, message: bytes) -> bytes | Query:
+    def look_up(self, message: bytes, tally: list[Label]) -> bytes | Query:
         """Return the answer, padded where that is asked for, or the query."""
-        return self.server.proxy.lookup_encrypted(message, self.active_at)
+        return self.server.proxy.lookup_encrypted(message, self.active_at, tally)
 
     def seal(self, octets: bytes) -> bytes:
         """Return what goes out for these octets of answers, and for TLS itself."""
@@ -4617,6 +5767,7 @@ class TLSHandler(StreamHandler):
 class TLSServer(TCPServer):
     """Accepts DoT clients: the same bounds, and handshakes in the clients' threads."""
 
+    proto = "dot"
     handler = TLSHandler
     # Steps of handshakes computed at once, about 1 ms each; others wait for their turn.
     # OpenSSL computes without the GIL: all of them at once would take the processors
@@ -4641,6 +5792,184 @@ class TLSServer(TCPServer):
         super().__init__(*everything, admission=admission, inherited=inherited)
 
 
+# ---- Admin server --------------------------------------------------------------------
+# What an operator may look at over HTTP. It can be read and nothing else.
+
+
+class Page(NamedTuple):
+    """What is answered to a request."""
+
+    text: str
+    kind: str = "text/plain; charset=utf-8"
+    status: int = 200
+    policy: str = "default-src 'none'"  # the Content-Security-Policy
+
+
+class AdminHandler(http.server.BaseHTTPRequestHandler):
+    """Answers one request, and closes the connection."""
+
+    MAX_HEAD = 8192  # octets of request line and headers; browsers send about 1000
+    END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+
+    protocol_version = default_request_version = "HTTP/1.1"
+    server: AdminServer
+
+    def handle(self) -> None:
+        """Read the head of a request, of bounded size; answer it."""
+        self.close_connection = True
+        head = b""
+        with contextlib.suppress(OSError):  # it is gone, or was too slow
+            while not self.END_OF_HEAD.search(head):
+                octets = self.request.recv(self.MAX_HEAD - len(head))
+                head += octets
+                if not octets or len(head) >= self.MAX_HEAD:
+                    break
+            self._answer(head)
+
+    def do_GET(self) -> None:
+        """Answer with a page."""
+        path = self.path.partition("?")[0]
+        build = self.server.pages.get(path)
+        if not self.server.knows_host(self.headers.get("Host")):
+            self.send_error(421, "ask by the address that I listen on")
+        elif build is None:
+            self.send_error(404, "no such page; / lists them")
+        else:
+            self.send_page(build(self.headers.get("Accept", "")))
+
+    do_HEAD = do_GET
+
+    def send_page(self, page: Page) -> None:
+        """Send a page, or its headers alone where those were asked for."""
+        body = page.text.encode()
+        self.send_response(page.status)
+        for name, value in (
+            ("Content-Type", page.kind),
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", page.policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"),
+            ("Connection", "close"),
+        ):
+            self.send_header(name, value)
+        if page.status == 405:
+            self.send_header("Allow", "GET, HEAD")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """Refuse in one line of plain text."""
+        if code == 501:  # what the base class makes of other methods
+            code, message = 405, "this can only be read: GET or HEAD"
+        self.send_page(Page(f"{message or self.responses[code][0]}\n", status=code))
+
+    def version_string(self) -> str:
+        """Return what the Server header tells."""
+        return "dotproxy"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log at debug only: who asks, asks often."""
+        logger.debug("admin: client=%s %s", self.client_address[0], format % args)
+
+    def _answer(self, head: bytes) -> None:
+        if self.END_OF_HEAD.search(head):
+            self.rfile = io.BytesIO(head)
+            self.handle_one_request()
+            self.close_connection = True
+        elif len(head) >= self.MAX_HEAD:
+            self.command = self.requestline = ""
+            self.request_version = self.default_request_version
+            self.send_error(431)
+
+
+class AdminServer(http.server.ThreadingHTTPServer):
+    """Serves pages; each is a function of the Accept header that any thread may call.
+
+    Its bounds keep a slow or greedy client from holding more than a few threads, for
+    more than a few seconds.
+    """
+
+    MAX_CLIENTS = 16  # connections at once; a probe, a scraper and some browsers
+    DEADLINE = 5.0  # s for a request and its answer
+
+    def __init__(
+        self,
+        address: Address,
+        pages: Mapping[str, Callable[[str], Page]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pages = pages
+        self._clock = clock
+        self._pool = WorkerPool("admin", self.MAX_CLIENTS, self.MAX_CLIENTS)
+        # Guards _deadlines, and the sockets in it against being closed while used.
+        self._lock = threading.Lock()
+        self._deadlines: dict[socket.socket, float] = {}
+        host = ipaddress.ip_address(address[0])
+        self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
+        own = f"[{host}]" if host.version == 6 else str(host)
+        names = {"localhost", "127.0.0.1", "[::1]", own}
+        self._names = names if host.is_loopback else None
+        super().__init__(address, AdminHandler)
+
+    def server_bind(self) -> None:
+        """Bind; the base class would look up a name for the address, and may wait."""
+        set_v6_only(self.socket)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "dotproxy", self.server_address[1]
+
+    def knows_host(self, host: str | None) -> bool:
+        """Tell whether a Host header names this server; one on loopback is strict.
+
+        A browser that was led here under a name of somebody else's says that name.
+        """
+        if self._names is None or host is None:
+            return True
+        return re.sub(r":\d*\Z", "", host.strip().lower()) in self._names
+
+    def process_request(self, request: object, client_address: object) -> None:
+        """Give a client a thread; close one too many."""
+        assert isinstance(request, socket.socket)
+        with self._lock:
+            room = len(self._deadlines) < self.MAX_CLIENTS
+            if room:
+                self._deadlines[request] = self._clock() + self.DEADLINE
+        serve = functools.partial(self.process_request_thread, request, client_address)
+        if not (room and self._pool.submit(serve)):
+            self.shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End what has taken too long; its thread finds the socket shut."""
+        self._shut(self._clock())
+
+    def shutdown_request(self, request: object) -> None:
+        """Forget a client and close its connection."""
+        assert isinstance(request, socket.socket)
+        with self._lock:
+            self._deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log an error of ours."""
+        logger.exception("internal error: server=admin")
+
+    def server_close(self) -> None:
+        """Close all sockets and end all threads; `shutdown` comes first."""
+        super().server_close()
+        self._shut(math.inf)
+        self._pool.close()
+
+    def _shut(self, now: float) -> None:
+        with self._lock:
+            for request, deadline in self._deadlines.items():
+                if now >= deadline:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+
 # ---- Host: privileges, descriptors, systemd ------------------------------------------
 # What the system lends a process: a user, descriptors, sockets, a supervisor. Nothing
 # of DNS.
@@ -4652,7 +5981,10 @@ MAX_ID = 0xFFFFFFFE  # one more is -1, which leaves the id as it is
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
 # Modules that Python imports only at the first handshake, look-up or traceback. Who was
 # root may not be able to read them by then.
-LATE_MODULES = ("encodings.idna", "linecache", "tokenize", "traceback", "unicodedata")
+LATE_MODULES = (
+    *("_strptime", "encodings.idna", "linecache", "tokenize", "traceback"),
+    "unicodedata",
+)
 DESCRIPTOR_RESERVE = 16  # for standard streams, look-ups of names, files, notifications
 OPEN_MAX = 10240  # macOS takes no higher limit, whatever its hard limit says
 FIRST_PASSED = 3  # the first descriptor that systemd passes, sd_listen_fds(3)
@@ -4990,6 +6322,7 @@ def check_health(
 DEFAULT_PORT = 5353
 DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
 DNS_PORT = 53
+DEFAULT_ADMIN = ("127.0.0.1", 9153)  # the port of CoreDNS's metrics
 DOT_PORT = 853  # RFC 7858 section 3.1
 DEFAULT_UPSTREAMS = tuple(
     Endpoint(host, DOT_PORT, "cloudflare-dns.com")
@@ -5030,6 +6363,7 @@ class Config:
     rate_limit: float = RATE_LIMIT
     rate_limit_all: bool = False
     user: str | None = None  # then nobody, where it starts as root
+    admin: Address | None = None
     log_level: str = "info"
     log_format: str = "text"
     listen_given: bool = False
@@ -5081,6 +6415,17 @@ def is_address(text: str) -> bool:
         ipaddress.ip_address(text)
         return True
     return False
+
+
+def parse_admin(text: str) -> Address:
+    """Parse `ADDR[:PORT]` or `PORT`, for argparse."""
+    text = f"{DEFAULT_ADMIN[0]}:{text}" if text.isascii() and text.isdigit() else text
+    try:
+        host, port = split_port(text, DEFAULT_ADMIN[1])
+        return str(ipaddress.ip_address(host)), port
+    except ValueError:
+        hint = "give an IP address and a port, such as 127.0.0.1:9153"
+        raise argparse.ArgumentTypeError(f"{text!r}: {hint}") from None
 
 
 def is_host(text: str) -> bool:
@@ -5469,6 +6814,19 @@ def add_name_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_admin_options(group: argparse._ArgumentGroup) -> None:
+    """Describe what concerns operators."""
+    group.add_argument(
+        "--admin",
+        metavar="ADDR:PORT",
+        nargs="?",
+        const=DEFAULT_ADMIN,
+        type=parse_admin,
+        help="serve metrics, probes and a Grafana dashboard over HTTP here; a port "
+        "alone is one of 127.0.0.1, nothing at all is 127.0.0.1:9153 (default: off)",
+    )
+
+
 def build_parser() -> Parser:
     """Describe the options; each stays None where it is not given."""
     parser = Parser(
@@ -5492,6 +6850,7 @@ def build_parser() -> Parser:
     add_cache_options(parser.add_argument_group("cache"))
     add_host_options(parser.add_argument_group("host"))
     add_name_options(parser.add_argument_group("names"))
+    add_admin_options(parser.add_argument_group("admin"))
     group = parser.add_argument_group("about")
     group.add_argument(
         "--log-level",
@@ -5599,7 +6958,7 @@ def describe_bind_error(
             853: "another DNS-over-TLS server",
             5353: "a multicast DNS daemon, such as avahi-daemon or mDNSResponder",
         }.get(port, "another program")
-        spare = 5354 if option == "--listen" else 8853
+        spare = {"--listen": 5354, "--admin": 9154}.get(option, 8853)
         cure = f"stop it, or choose another port with {option} {host}:{spare}"
         taken = f"port {port} is taken, probably by {holder}"
         return f"cannot listen on {where}: {taken}; {cure}"
@@ -5652,7 +7011,7 @@ def bind_servers(
     return servers
 
 
-def describe_servers(servers: Iterable[UDPServer | TCPServer]) -> str:
+def describe_servers(servers: Iterable[socketserver.TCPServer]) -> str:
     """Return where the servers listen, `ADDR:PORT` each once."""
     found = []
     for server in servers:
@@ -6397,7 +7756,7 @@ def json_report(reports: Sequence[Report]) -> str:
 # A Config becomes objects, and they run until a signal.
 
 
-def build_proxy(config: Config, timer: Timer) -> Proxy:
+def build_proxy(config: Config, timer: Timer, observer: Observer) -> Proxy:
     """Build the proxy that these options ask for; raises ConfigError."""
     routed = [encode_domain(domain) for domain, _ in config.route]
     return Proxy(
@@ -6417,6 +7776,7 @@ def build_proxy(config: Config, timer: Timer) -> Proxy:
         routes=config.route,
         local=LocalAnswers((*config.forward_special, *routed)),
         guard=make_guard(config, routed),
+        observer=observer,
     )
 
 
@@ -6437,8 +7797,9 @@ class Daemon:
         names = [name for name, _ in inherited]
         self._identity = load_identity(config, ENCRYPTED_SOCKET in names)
         self._config = config
+        self._metrics = Metrics()
         self._timer = Timer()
-        self._proxy = build_proxy(config, self._timer)
+        self._proxy = build_proxy(config, self._timer, self._metrics)
         self._workers = WorkerPool("worker", WORKERS, BACKLOG)
         limit = config.max_tcp_clients
         self._streams = WorkerPool("stream", limit + 1, limit)
@@ -6446,34 +7807,70 @@ class Daemon:
         self._admission = Admission(
             config.allow, rate=config.rate_limit, limit_all=config.rate_limit_all
         )
-        self.servers: list[UDPServer | TCPServer]
-        if inherited:
-            self.servers = [self._adopt(*each) for each in inherited]
-        else:
-            self.servers = bind_servers(config.listen, self._bind, config.listen_given)
+        self.servers: list[UDPServer | TCPServer] = [
+            self._adopt(*each) for each in inherited
+        ] or bind_servers(config.listen, self._bind, config.listen_given)
         if config.tls_listen:
             self._bind_encrypted(config.tls_listen)
+        self.admin = self._bind_admin(config.admin) if config.admin else None
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start to serve, and connect to the upstreams."""
+        for part in (self._proxy, self._workers, self._streams, self._clients):
+            self._metrics.add_collector(part.samples)
         self._timer.start()
         self._proxy.start()
         for server in self.servers:
             kind = "udp" if isinstance(server, UDPServer) else "tcp"
             kind = "tls" if isinstance(server, TLSServer) else kind
             name = f"{kind}-{server.server_address[0]!s}"
-            thread = threading.Thread(
-                target=server.serve_forever, name=name, daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+            self._start_thread(name, server.serve_forever)
+        if self.admin is not None:
+            self._start_thread("admin", self.admin.serve_forever)
 
     def reload(self) -> None:
         """Empty the cache, and read certificate and key again."""
         self._proxy.flush()
         if self._identity is not None:
             self._identity.reload()
+
+    def _start_thread(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _bind_admin(self, address: Address) -> AdminServer:
+        pages: dict[str, Callable[[str], Page]] = {
+            "/metrics": self._show_metrics,
+            "/health": self._show_health,
+            "/ready": self._show_ready,
+            "/grafana.json": lambda _: Page(
+                json.dumps(build_dashboard(), indent=1), "application/json"
+            ),
+        }
+        listing = "".join(f"{path}\n" for path in pages)
+        pages["/"] = lambda _: Page(listing)
+        try:
+            return AdminServer(address, pages)
+        except OSError as error:
+            for server in self.servers:
+                server.server_close()
+            text = describe_bind_error(error, address, "--admin")
+            raise ConfigError(text, status=1) from error
+
+    def _show_metrics(self, accept: str) -> Page:
+        kind, text = self._metrics.write(accept)
+        return Page(text, kind)
+
+    def _show_health(self, _: str) -> Page:
+        if self.is_turning(time.monotonic()):
+            return Page("OK\n")
+        return Page(f"a server has not moved for {self.STUCK:g} s\n", status=503)
+
+    def _show_ready(self, _: str) -> Page:
+        trouble = self._proxy.trouble()
+        return Page(f"{trouble}\n", status=503) if trouble else Page("OK\n")
 
     def _bind(self, address: Address) -> tuple[TCPServer, UDPServer]:
         admission, proxy = self._admission, self._proxy
@@ -6538,7 +7935,11 @@ class Daemon:
 
     def close(self) -> None:
         """Answer what is in flight, then end every thread and close every socket."""
-        stoppers = [threading.Thread(target=s.shutdown) for s in self.servers]
+        admin = [self.admin] if self.admin is not None else []
+        stoppers = [
+            threading.Thread(target=server.shutdown)
+            for server in (*self.servers, *admin)
+        ]
         for stopper in stoppers:
             stopper.start()
         for thread in stoppers + self._threads:
@@ -6549,7 +7950,7 @@ class Daemon:
         self._streams.close()
         self._proxy.close()
         self._timer.close()
-        for server in self.servers:
+        for server in (*self.servers, *admin):
             server.server_close()
 
 
@@ -6619,11 +8020,12 @@ def run(config: Config) -> int:
     daemon.start()
     encrypted = [each for each in daemon.servers if isinstance(each, TLSServer)]
     logger.info(
-        "ready: listen=%s%s upstream=%s%s %s",
+        "ready: listen=%s%s upstream=%s%s%s %s",
         describe_servers(each for each in daemon.servers if each not in encrypted),
         f" tls={describe_servers(encrypted)}" if encrypted else "",
         " ".join(str(endpoint) for endpoint in config.upstream),
         "".join(f" route={domain}={endpoint}" for domain, endpoint in config.route),
+        f" admin={describe_servers([daemon.admin])}" if daemon.admin else "",
         host,
     )
     for domain, endpoint in config.route:

@@ -10,7 +10,8 @@ Each DoT server program stands behind the proxy in turn, with a certificate made
 the run, and every client program asks through it. Then come load over a slow link,
 certificates that must be refused, servers that die or hang, domains with servers of
 their own, what the host does with the process (another user, few descriptors, systemd),
-what the health check and the doctor say of all that, and hostile clients.
+what the health check and the doctor say of all that, hostile clients, and a Prometheus
+that scrapes the proxy.
 
 Where the system allows it, all of this happens in a network and a mount namespace of
 its own: no port can clash, nothing leaves the machine, and the system's resolver can
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -37,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -112,9 +115,7 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 class Process:
     """A program with its output in a file, ended by its own process id."""
 
-    def __init__(
-        self, command: list[str], directory: Path, **variables: str
-    ) -> None:
+    def __init__(self, command: list[str], directory: Path, **variables: str) -> None:
         self.output_file = directory / "output.log"
         own = {k: v for k, v in os.environ.items() if not k.startswith("DOTPROXY_")}
         own.update(variables)
@@ -2275,6 +2276,168 @@ HOSTILE_CHECKS: dict[str, Callable[[Target], None]] = {
 }
 
 
+# ---- Prometheus ----------------------------------------------------------------------
+# It scrapes the proxy under load; then each query of the dashboard and of the alerts in
+# the README has to find something.
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+SCRAPE_SECONDS = 1
+WATCHED_SECONDS = 15
+PROMETHEUS = """
+global: {{scrape_interval: {seconds}s, evaluation_interval: {seconds}s}}
+rule_files: [{rules}]
+scrape_configs:
+  - job_name: dotproxy
+    static_configs: [{{targets: ['{target}']}}]
+"""
+
+
+def fetch(port: int, path: str, **parameters: str) -> str:
+    query = "?" + urllib.parse.urlencode(parameters) if parameters else ""
+    url = f"http://{LOOPBACK}:{port}{path}{query}"
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return str(response.read().decode())
+
+
+def write_rules(directory: Path) -> Path:
+    """Write the rules that the README has."""
+    found = re.search(r"```yaml\n(groups:.*?)```", README.read_text(), re.DOTALL)
+    expect(found is not None, "no rules in the README")
+    path = directory / "rules.yml"
+    path.write_text(found[1] if found else "")
+    return path
+
+
+class Monitored:
+    """A proxy that has been under load, and the Prometheus that has watched it."""
+
+    def __init__(self, admin_port: int, directory: Path) -> None:
+        self.admin_port = admin_port
+        self.port = free_port()
+        self.completed: dict[str, int] = {}  # queries by transport, as dnsperf says
+        self.rules = write_rules(directory)
+        config = directory / "prometheus.yml"
+        config.write_text(
+            PROMETHEUS.format(
+                seconds=SCRAPE_SECONDS,
+                rules=self.rules,
+                target=f"{LOOPBACK}:{admin_port}",
+            )
+        )
+        command = [
+            "prometheus",
+            f"--config.file={config}",
+            f"--storage.tsdb.path={directory / 'data'}",
+            f"--web.listen-address={LOOPBACK}:{self.port}",
+        ]
+        self.process = Process(command, directory)
+        self.process.wait_until(lambda: accepts(self.port))
+
+    def ask(self, path: str, **parameters: str) -> dict[str, object]:
+        answer = json.loads(fetch(self.port, f"/api/v1/{path}", **parameters))
+        expect(answer["status"] == "success", str(answer))
+        return dict(answer["data"])
+
+    def expect_found(self, what: str, promql: str) -> None:
+        found = self.ask("query", query=promql)["result"]
+        expect(bool(found), f"{what} finds nothing: {promql}")
+
+
+@contextlib.contextmanager
+def monitored_proxy(lab: Lab) -> Iterator[Monitored]:
+    expect(bool(shutil.which("prometheus")), "prometheus is not installed")
+    admin = free_port()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(lab, "dnsdist"))
+        options = "--admin", f"{LOOPBACK}:{admin}"
+        proxy = stack.enter_context(Proxy(lab, server.port, options=options))
+        watcher = Monitored(admin, lab.new_directory("prometheus"))
+        stack.callback(watcher.process.stop)
+        names = write_names(lab, 2000, "watched")
+        for mode, seconds in (("udp", WATCHED_SECONDS), ("tcp", 2)):
+            load = "-m", mode, "-Q", "400", "-l", str(seconds)
+            report = dnsperf(proxy.port, names, *load, outstanding=20)
+            count = re.search(r"Queries completed: +(\d+)", report)
+            watcher.completed[mode] = int(count[1]) if count else 0
+        yield watcher
+
+
+def check_scraped(watcher: Monitored) -> None:
+    targets = watcher.ask("targets")["activeTargets"]
+    assert isinstance(targets, list)
+    target = targets[0]
+    expect(target["health"] == "up", f"{target['health']}: {target['lastError']}")
+    missed = watcher.ask("query", query="min_over_time(up[10s]) == 0")["result"]
+    expect(not missed, f"scrapes failed: {missed}")
+
+
+def check_counts(watcher: Monitored) -> None:
+    text = fetch(watcher.admin_port, "/metrics")
+    for mode, completed in watcher.completed.items():
+        pattern = rf'^dotproxy_dns_requests_total{{proto="{mode}",.*}} (\d+)$'
+        counted = sum(map(int, re.findall(pattern, text, re.MULTILINE)))
+        expect(0 < completed == counted, f"{mode}: {counted}, dnsperf {completed}")
+
+
+def check_promtool_metrics(watcher: Monitored) -> None:
+    result = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=fetch(watcher.admin_port, "/metrics"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=10,
+    )
+    expect(result.returncode == 0 and not result.stdout, result.stdout)
+
+
+def check_dashboard(watcher: Monitored) -> None:
+    board = json.loads(fetch(watcher.admin_port, "/grafana.json"))
+    queries = [
+        (panel["title"], target["expr"])
+        for panel in board["panels"]
+        for target in panel.get("targets", ())
+    ]
+    expect(len(queries) > 30, f"{len(queries)} queries only")
+    for title, promql in queries:
+        for name, value in (
+            ("$__rate_interval", "10s"),
+            ("$job", ".*"),
+            ("$instance", ".*"),
+        ):
+            promql = promql.replace(name, value)
+        watcher.expect_found(title, promql)
+
+
+def check_promtool_rules(watcher: Monitored) -> None:
+    expect_match(
+        "SUCCESS: 7 rules", run("promtool", "check", "rules", str(watcher.rules))
+    )
+
+
+def check_alerts(watcher: Monitored) -> None:
+    """Each finds something to compare, and fires for none of it."""
+    groups = watcher.ask("rules")["groups"]
+    assert isinstance(groups, list)
+    for rule in groups[0]["rules"]:
+        found = (rule["name"], rule["health"], rule["state"])
+        fine = rule["health"] == "ok" and rule["state"] != "firing"
+        expect(fine, f"{found}: {rule.get('lastError')}")
+        promql = re.sub(r" (==|<|>) [\d.]+\Z", "", rule["query"])
+        expect(promql != rule["query"], f"no comparison: {promql}")
+        watcher.expect_found(rule["name"], promql)
+
+
+MONITOR_CHECKS: dict[str, Callable[[Monitored], None]] = {
+    "every scrape succeeds": check_scraped,
+    "as many queries are counted as dnsperf counts": check_counts,
+    "promtool has nothing to say on the metrics": check_promtool_metrics,
+    "every query of the dashboard finds something": check_dashboard,
+    "promtool accepts the alerts of the README": check_promtool_rules,
+    "every alert has something to compare, and none fires": check_alerts,
+}
+
+
 # ---- Bench ---------------------------------------------------------------------------
 # The proxy and unbound, one after the other, before the same dnsdist.
 
@@ -2394,7 +2557,12 @@ class Group(Generic[T]):
 
 
 GROUPS: list[
-    Group[Proxy] | Group[EncryptedProxy] | Group[Lab] | Group[Horizon] | Group[Target]
+    Group[Proxy]
+    | Group[EncryptedProxy]
+    | Group[Lab]
+    | Group[Horizon]
+    | Group[Target]
+    | Group[Monitored]
 ] = [
     *(Group(name, partial(proxy_before, name), CLIENT_CHECKS) for name in PROGRAMS),
     Group("load", proxy_far_from_server, LOAD_CHECKS),
@@ -2406,6 +2574,7 @@ GROUPS: list[
     Group("host", contextlib.nullcontext, HOST_CHECKS),
     Group("doctor", contextlib.nullcontext, DOCTOR_CHECKS),
     Group("hostile", target, HOSTILE_CHECKS),
+    Group("prometheus", monitored_proxy, MONITOR_CHECKS),
 ]
 
 
