@@ -56,6 +56,7 @@ import tokenize
 import tracemalloc
 import unittest
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar, Union
 from unittest import mock
@@ -1211,7 +1212,7 @@ class Served(NamedTuple):
 
     def metrics(self) -> list[dotproxy.Sample]:
         """Return everything that is counted."""
-        observer = self.tcp.proxy.observer
+        observer = self.tcp.proxy.witness.observer
         assert isinstance(observer, dotproxy.Metrics)
         return observer.samples()
 
@@ -2123,7 +2124,7 @@ class MetricsTest(DotproxyTestCase):
     ) -> dotproxy.Waiter:
         asked = dotproxy.parse_query(query(do=True))
         asked.received, asked.client, asked.proto = received, (client, 5353), "tcp"
-        asked.answer_size = 100
+        asked.answer = bytes(100)
         return asked, lambda message: None
 
     def test_answers_at_once_are_counted_by_what_they_are(self) -> None:
@@ -2322,6 +2323,586 @@ class DashboardTest(DotproxyTestCase):
             for target in panel["targets"]:
                 self.assertNotRegex(target["expr"], r"NAME|OTHER|\bBY\b")
                 self.assertIn('{job=~"$job",instance=~"$instance"}', target["expr"])
+
+
+# ---- Logging -------------------------------------------------------------------------
+
+# Of the field list of ECS 9.4.0, those that are used; `labels` takes any name.
+ECS_FIELD_NAMES = """
+    @timestamp client.address client.bytes client.ip client.port destination.address
+    destination.domain destination.port dns.header_flags dns.id dns.op_code
+    dns.question.class dns.question.name dns.question.type dns.resolved_ip
+    dns.response_code dns.type ecs.version error.message error.stack_trace error.type
+    event.action event.category event.dataset event.duration event.kind event.outcome
+    event.type log.level log.logger message network.protocol network.transport
+    network.type process.pid process.thread.name server.bytes service.name
+    service.version
+"""
+ECS_FIELDS = frozenset(ECS_FIELD_NAMES.split())
+
+
+def log_record(
+    level: int, template: str, *values: object, error: BaseException | None = None
+) -> logging.LogRecord:
+    """Make what a log call makes."""
+    info = (type(error), error, error.__traceback__) if error else None
+    made = logging.LogRecord("dotproxy", level, "", 0, template, values, info)
+    made.created = 1_700_000_000.25
+    return made
+
+
+def json_line(text: str) -> dict[str, object]:
+    """Parse a line of JSON, and check that its names are of the schema."""
+    fields: dict[str, object] = json.loads(text)
+    unknown = {name for name in set(fields) - ECS_FIELDS if name[:7] != "labels."}
+    if unknown:
+        raise AssertionError(f"not in the schema: {unknown}")
+    return fields
+
+
+class LogFormatTest(DotproxyTestCase):
+    def fields(
+        self, template: str, *values: object, error: BaseException | None = None
+    ) -> dict[str, object]:
+        made = log_record(logging.WARNING, template, *values, error=error)
+        return json_line(dotproxy.ECSFormatter().format(made))
+
+    def test_facts_of_a_message_are_fields(self) -> None:
+        name = Endpoint("2001:db8::1", 853, "dot.test")
+
+        got = self.fields("upstream down: name=%s error=%s n=%d", name, "no route", 3)
+
+        self.assertEqual(
+            got["message"],
+            "upstream down: name=[2001:db8::1]:853#dot.test error=no route n=3",
+        )
+        self.assertEqual(got["@timestamp"], "2023-11-14T22:13:20.250Z")
+        self.assertEqual(got["log.level"], "warning")
+        self.assertEqual(got["event.action"], "upstream-down")
+        self.assertEqual(got["destination.address"], "2001:db8::1")
+        self.assertEqual(got["destination.port"], 853)
+        self.assertEqual(got["destination.domain"], "dot.test")
+        self.assertEqual(got["error.message"], "no route")
+        self.assertEqual(got["labels.n"], "3")
+
+    def test_upstream_in_clear_text_has_no_domain(self) -> None:
+        got = self.fields("upstream up: name=%s", Endpoint("192.0.2.1", 53, ""))
+
+        self.assertEqual(got["destination.address"], "192.0.2.1")
+        self.assertNotIn("destination.domain", got)
+
+    def test_several_upstreams_are_a_label(self) -> None:
+        got = self.fields("ready: upstream=%s", "192.0.2.1:853#a 192.0.2.2:853#b")
+
+        self.assertEqual(got["labels.upstream"], "192.0.2.1:853#a 192.0.2.2:853#b")
+
+    def test_facts_inside_one_argument_are_fields(self) -> None:
+        got = self.fields("state: %s", "name=192.0.2.1:853#dot.test state=up")
+
+        self.assertEqual(got["destination.address"], "192.0.2.1")
+        self.assertEqual(got["labels.state"], "up")
+
+    def test_exception_has_type_text_and_traceback(self) -> None:
+        try:
+            raise ValueError('a "quoted"\nreason')
+        except ValueError as error:
+            got = self.fields("internal error: thread=%s", "timer", error=error)
+
+        self.assertEqual(got["error.type"], "ValueError")
+        self.assertEqual(got["error.message"], 'a "quoted"\nreason')
+        self.assertIn("test_exception_has", str(got["error.stack_trace"]))
+        self.assertEqual(got["process.thread.name"], "timer")
+
+    def test_text_cannot_begin_another_line(self) -> None:
+        form = dotproxy.TextFormatter("%(levelname)s %(message)s")
+
+        text = form.format(log_record(logging.INFO, "x: error=%s", "a\n<0>b\x7f"))
+
+        self.assertEqual(text, r"INFO x: error=a\010<0>b\127")
+
+    def test_journal_is_known_by_its_device_and_inode(self) -> None:
+        with tempfile.TemporaryFile() as file:
+            status = os.fstat(file.fileno())
+            stream = f"{status.st_dev}:{status.st_ino}"
+            for text, claim in ((stream, True), (stream + "0", False), ("", False)):
+                got = dotproxy.is_journal(file.fileno(), {"JOURNAL_STREAM": text})
+                self.assertEqual(got, claim)
+
+
+class RepeatsTest(DotproxyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.repeats = dotproxy.Repeats(self.clock)
+
+    def passed(self, count: int, template: str = "x: n=%d", *values: object) -> int:
+        made = log_record(logging.WARNING, template, *(values or (1,)))
+        return sum(bool(self.repeats.filter(made)) for _ in range(count))
+
+    def ended(self, everything: bool = False) -> list[str]:
+        return [made.getMessage() for made in self.repeats.ended(everything)]
+
+    def test_sixth_in_a_minute_is_counted_instead(self) -> None:
+        self.assertEqual(self.passed(22), 5)
+        self.assertEqual(self.ended(), [])
+
+        self.clock.advance(60)
+
+        self.assertEqual(self.ended(), ["x: n=1 repeated=17"])
+        self.assertEqual(self.ended(), [])
+        self.assertEqual(self.passed(1), 1)
+
+    def test_next_one_after_a_minute_passes_and_the_count_is_kept(self) -> None:
+        self.passed(6)
+        self.clock.advance(60)
+
+        self.assertEqual(self.passed(6), 5)
+        self.assertEqual(self.ended(), ["x: n=1 repeated=1"])
+
+    def test_five_are_not_reported(self) -> None:
+        self.passed(5)
+
+        self.assertEqual(self.ended(everything=True), [])
+
+    def test_other_arguments_are_another_message(self) -> None:
+        self.passed(9)
+
+        self.assertEqual(self.passed(1, "x: n=%d", 2), 1)
+
+    def test_count_is_told_before_the_end_if_asked(self) -> None:
+        self.passed(7)
+
+        self.assertEqual(self.ended(everything=True), ["x: n=1 repeated=2"])
+
+    def test_oldest_makes_room(self) -> None:
+        self.passed(6)
+        for number in range(dotproxy.Repeats.MESSAGES):
+            self.passed(1, "y: n=%d", number)
+
+        self.assertEqual(self.ended(), ["x: n=1 repeated=1"])
+        self.assertEqual(self.passed(1), 1)
+
+    def test_nothing_holds_on_to_an_error(self) -> None:
+        error = UpstreamError("reset", "100% gone")
+        alive = weakref.ref(error)
+        self.passed(6, "down: error=%s", error)
+
+        del error
+        gc.collect()
+
+        self.assertIsNone(alive())
+        self.assertEqual(self.ended(True), ["down: error=100% gone repeated=1"])
+
+
+class Pipe:
+    """A pipe whose writing end is an Output, and a thread that can read it."""
+
+    def __init__(self) -> None:
+        self._reading, self.writing = os.pipe()
+        self.output = dotproxy.Output(self.writing)
+        self._octets = b""
+        self._reader = threading.Thread(target=self._read)
+
+    def fill(self) -> int:
+        """Leave no room in it; return how many octets that took."""
+        os.set_blocking(self.writing, False)
+        filled = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled += os.write(self.writing, bytes(4096))
+        os.set_blocking(self.writing, True)
+        return filled
+
+    def read_on(self) -> None:
+        """Begin to read."""
+        self._reader.start()
+
+    def close(self) -> str:
+        """Close the writing end, and return what was read."""
+        self.output.close()
+        if self._reader.ident is None:
+            self.read_on()
+        self._reader.join()
+        return self._octets.decode()
+
+    def _read(self) -> None:
+        with open(self._reading, "rb") as file:
+            self._octets = file.read()
+
+
+class OutputTest(DotproxyTestCase):
+    def test_more_than_fits_into_a_pipe_that_does_not_block_is_written(self) -> None:
+        pipe, lines = Pipe(), b"0123456789\n" * 50_000
+        os.set_blocking(pipe.writing, False)
+        pipe.read_on()
+
+        self.assertEqual(pipe.output.write(lines), (0, ""))
+
+        self.assertEqual(pipe.close(), lines.decode())
+
+    def test_lines_after_an_error_begin_anew(self) -> None:
+        full = OSError(errno.ENOSPC, "No space")
+        writes: list[int | OSError] = [5, full, 7]
+        taken: list[bytes] = []
+
+        def write(_: int, octets: bytes) -> int:
+            result = writes.pop(0)
+            if isinstance(result, OSError):
+                raise result
+            taken.append(octets[:result])
+            return result
+
+        output = dotproxy.Output(-1)
+        with mock.patch.object(os, "write", write):
+            self.assertEqual(output.write(b"one\ntwo\nsix\n"), (2, "No space"))
+            self.assertEqual(output.write(b"three\n"), (0, ""))
+
+        self.assertEqual(b"".join(taken), b"one\nt\nthree\n")
+
+
+class OperationalLogTest(DotproxyTestCase):
+    def open(self, *, journal: bool = False) -> tuple[dotproxy.OperationalLog, Pipe]:
+        pipe, form = Pipe(), dotproxy.TextFormatter("%(message)s")
+        return dotproxy.OperationalLog(pipe.output, form, journal=journal), pipe
+
+    def test_lines_before_the_start_and_at_the_end_are_written(self) -> None:
+        log, pipe = self.open()
+        log.handle(log_record(logging.INFO, "first"))
+        log.start()
+        for _ in range(7):
+            log.handle(log_record(logging.INFO, "again: n=%d", 1))
+
+        log.close()
+
+        lines = pipe.close().splitlines()
+        again = ["again: n=1"] * 5
+        self.assertEqual(lines, ["first", *again, "again: n=1 repeated=2"])
+
+    def test_log_that_never_started_writes_at_its_end(self) -> None:
+        log, pipe = self.open()
+        log.handle(log_record(logging.INFO, "first"))
+
+        log.close()
+
+        self.assertEqual(pipe.close(), "first\n")
+
+    def test_every_line_of_a_traceback_has_its_priority_in_the_journal(self) -> None:
+        log, pipe = self.open(journal=True)
+        log.handle(log_record(logging.ERROR, "bad", error=ValueError("no")))
+        log.handle(log_record(logging.DEBUG, "small"))
+
+        log.close()
+
+        self.assertEqual(pipe.close(), "<3>bad\n<3>ValueError: no\n<7>small\n")
+
+    def test_reader_that_hangs_stalls_nobody_and_the_end_is_bounded(self) -> None:
+        log, pipe = self.open()
+        filled = pipe.fill()
+        log.start()
+        for number in range(2 * log.BACKLOG):
+            log.handle(log_record(logging.INFO, "line: n=%d", number))
+        with mock.patch.object(dotproxy.Courier, "PATIENCE", 0.01):
+            log.close()
+
+        (writer,) = [each for each in threading.enumerate() if each.name == "log"]
+        pipe.read_on()
+        writer.join()
+        lines = pipe.close()[filled:].splitlines()
+        self.assertIn("line: n=999", lines)
+        self.assertLess(len(lines), 2 * log.BACKLOG)
+
+    def test_lost_lines_are_counted_in_the_log(self) -> None:
+        log, pipe = self.open()
+        with self.assertLogs(dotproxy.logger) as logged:
+            for number in range(log.BACKLOG + 7):
+                log.handle(log_record(logging.INFO, "line: n=%d", number))
+            log.close()
+
+        pipe.close()
+        told = [each.getMessage() for each in logged.records]
+        self.assertEqual(told, ["log lines lost: number=7"])
+
+
+ASKED_AT, TO_WALL = 1000.0, 1_699_999_000.25
+UPSTREAM_NAME = Endpoint("192.0.2.53", 853, "dot.test")
+
+
+def query_line(
+    style: type[dotproxy.QueryLines],
+    asked: bytes | dotproxy.Query,
+    answer: bytes,
+    *,
+    privacy: str = "prefix",
+    client: tuple[str, int] = ("192.0.2.77", 5000),
+    proto: str = "udp",
+    source: str = "upstream",
+    upstream: Endpoint | str = UPSTREAM_NAME,
+) -> str:
+    """Render one query."""
+    lines = style(privacy, key=b"key")
+    record = (asked, answer, client, proto, ASKED_AT, 0.0012345, source, upstream)
+    return lines.render([record], TO_WALL)
+
+
+query_text = functools.partial(query_line, dotproxy.TextQueryLines)
+
+
+def query_json(
+    asked: bytes | dotproxy.Query, answer: bytes, **rest: object
+) -> dict[str, object]:
+    """Render one query as JSON, and parse that."""
+    render = functools.partial(query_line, dotproxy.JSONQueryLines, asked, answer)
+    line = functools.partial(render, **rest)()
+    return json_line(line)
+
+
+class QueryLinesTest(DotproxyTestCase):
+    def test_text_is_one_line_whether_the_query_is_parsed_or_not(self) -> None:
+        asked = query("Example.com", id=77, do=True)
+        answer = response(asked, "192.0.2.1")
+
+        for form in (asked, dotproxy.parse_query(asked)):
+            self.assertEqual(
+                query_text(form, answer),
+                "2023-11-14T22:13:20.250Z 192.0.2.0/24 - 77 "
+                f'"A IN Example.com. udp {len(asked)} true 1232" NOERROR qr,rd,ra '
+                f"{len(answer)} 0.001234s upstream 192.0.2.53:853#dot.test\n",
+            )
+
+    def test_line_to_the_journal_has_a_priority_and_no_time(self) -> None:
+        asked = query("example.com")
+        client = ("192.0.2.7", 1)
+        record = (asked, response(asked), client, "tcp", 1.0, 0.0, "cache", "")
+        for style, start in (
+            (dotproxy.TextQueryLines, "<6>192.0.2.0/24 - 4660 "),
+            (dotproxy.JSONQueryLines, '<6>{"@timestamp":"1970-'),
+        ):
+            line = style("prefix", key=b"", prefix="<6>").render([record], 0.0)
+            self.assertEqual(line[: len(start)], start)
+
+    def test_json_has_the_fields_of_the_schema(self) -> None:
+        asked = query("example.com", "AAAA", id=77)
+        answer = response(asked, "2001:db8::1", "2001:db8::2", rcode=0)
+
+        got = query_json(asked, answer, proto="dot", privacy="none")
+
+        for name, value in {
+            "@timestamp": "2023-11-14T22:13:20.250Z",
+            "dns.id": "77",
+            "dns.question.name": "example.com",
+            "dns.question.type": "AAAA",
+            "dns.question.class": "IN",
+            "dns.op_code": "QUERY",
+            "dns.header_flags": ["RD", "RA"],
+            "dns.response_code": "NOERROR",
+            "dns.resolved_ip": ["2001:db8::1", "2001:db8::2"],
+            "event.outcome": "success",
+            "event.duration": 1_234_500,
+            "network.transport": "tcp",
+            "network.type": "ipv4",
+            "labels.proto": "dot",
+            "labels.source": "upstream",
+            "client.ip": "192.0.2.77",
+            "client.port": 5000,
+            "client.bytes": len(asked),
+            "server.bytes": len(answer),
+            "destination.address": "192.0.2.53",
+            "destination.port": 853,
+        }.items():
+            self.assertEqual(got[name], value, name)
+
+    def test_privacy_of_clients(self) -> None:
+        asked = query("example.com")
+        answer = response(asked, "192.0.2.1")
+        v4, v6 = ("192.0.2.77", 5000), ("2001:db8:1:2ff::7%lo", 5000)
+        for privacy, client, text in (
+            ("none", v4, "192.0.2.77:5000"),
+            ("none", v6, "[2001:db8:1:2ff::7]:5000"),
+            ("prefix", v4, "192.0.2.0/24"),
+            ("prefix", v6, "2001:db8:1:200::/56"),
+            ("no-names", v4, "192.0.2.0/24"),
+        ):
+            with self.subTest(privacy=privacy, client=client):
+                line = query_text(asked, answer, privacy=privacy, client=client)
+                self.assertEqual(line.split()[1], text)
+
+    def test_hash_tells_clients_apart_and_nothing_more(self) -> None:
+        asked = query("example.com")
+        answer = response(asked, "192.0.2.1")
+        names = set()
+        for host in ("192.0.2.77", "192.0.2.78", "192.0.2.77"):
+            got = query_json(asked, answer, privacy="hash", client=(host, 1))
+            self.assertNotIn("client.ip", got)
+            names.add(got["client.address"])
+
+        self.assertEqual(len(names), 2)
+        mask = dotproxy.mask_client
+        self.assertNotEqual(
+            mask("192.0.2.77", "hash", b"1"), mask("192.0.2.77", "hash", b"2")
+        )
+
+    def test_no_names_has_neither_name_nor_addresses(self) -> None:
+        asked = query("secret.example")
+        answer = response(asked, "198.51.100.1")
+
+        got = query_json(asked, answer, privacy="no-names")
+        text = query_text(asked, answer, privacy="no-names")
+
+        self.assertEqual(got["dns.question.name"], "-")
+        self.assertNotIn("dns.resolved_ip", got)
+        self.assertIn('"A IN - udp', text)
+
+    def test_any_octet_in_a_name_is_escaped(self) -> None:
+        name = b"\x05a.b\\\"\x03\n\xff \0"
+        asked = counted(1, 0, 0, 0, body=name + b"\0\1\0\1")
+        answer = response(asked, rcode=3)
+
+        text = r"a\.b\\\".\010\255\032"
+        self.assertEqual(query_json(asked, answer)["dns.question.name"], text)
+        self.assertIn(f'"A IN {text}. udp', query_text(asked, answer))
+
+    def test_root_is_a_dot(self) -> None:
+        asked = query(".")
+        answer = response(asked)
+
+        self.assertEqual(query_json(asked, answer)["dns.question.name"], ".")
+        self.assertIn('"A IN . udp', query_text(asked, answer))
+
+    def test_unknown_type_class_and_rcode_are_numbers(self) -> None:
+        asked = counted(1, 0, 0, 0, body=b"\0\xff\x01\0\x07")
+        answer = response(asked, rcode=11)
+
+        got = query_json(asked, answer)
+
+        self.assertEqual(got["dns.question.type"], "TYPE65281")
+        self.assertEqual(got["dns.question.class"], "CLASS7")
+        self.assertEqual(got["dns.response_code"], "RCODE11")
+        self.assertEqual(got["event.outcome"], "failure")
+
+    def test_what_cannot_be_parsed_has_a_line(self) -> None:
+        asked = counted(0, 0, 0, 0, flags=0x2000)
+        answer = dotproxy.build_format_error(asked, Rcode.NOTIMP)
+
+        got = query_json(asked, answer, source="local", upstream="")
+        text = query_text(asked, answer, source="local", upstream="")
+
+        self.assertEqual(got["dns.op_code"], "NOTIFY")
+        self.assertEqual(got["dns.response_code"], "NOTIMP")
+        self.assertNotIn("dns.question.name", got)
+        self.assertIn('"- - - udp 12 false 512" NOTIMP qr', text)
+        self.assertTrue(text.endswith(" local -\n"))
+
+    def test_rcode_has_its_upper_bits(self) -> None:
+        asked = query("example.com", do=True)
+        parsed = dotproxy.parse_query(asked)
+        refusal = dotproxy.error_response(Rcode.BADVERS)
+        answer = dotproxy.build_answer(parsed, refusal)
+
+        self.assertEqual(query_json(parsed, answer)["dns.response_code"], "BADVERS")
+
+
+class QueryLogTest(DotproxyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "query.log")
+        self.clock = Clock()
+        asked = query("example.com")
+        client = ("192.0.2.77", 5000)
+        self.record: dotproxy.QueryRecord = (
+            *(asked, response(asked, "192.0.2.1"), client, "udp"),
+            *(self.clock(), 0.001, "cache", ""),
+        )
+
+    def open(self) -> dotproxy.QueryLog:
+        lines = dotproxy.TextQueryLines("prefix", key=b"")
+        return dotproxy.QueryLog(self.path, lines, clock=self.clock)
+
+    def lines(self, suffix: str = "") -> int:
+        with open(self.path + suffix, encoding="ascii") as file:
+            return file.read().count("\n")
+
+    def test_file_is_appended_to_and_others_may_not_read_it(self) -> None:
+        for _ in range(2):
+            log = self.open()
+            log.start()
+            log.put([self.record] * 3)
+            log.close()
+
+        self.assertEqual(self.lines(), 6)
+        self.assertEqual(os.stat(self.path).st_mode & 0o137, 0)
+
+    def test_what_finds_no_room_is_counted_and_told_once_a_minute(self) -> None:
+        log = self.open()
+        with self.assertLogs(dotproxy.logger) as logged:
+            for lost in (7, 1):
+                log.put([self.record] * (log.BACKLOG + lost))
+                log._courier._carry()
+            log.close()
+
+        self.assertEqual((self.lines(), log.dropped), (2 * log.BACKLOG, 8))
+        told = [each.getMessage()[-8:] for each in logged.records]
+        self.assertEqual(told, ["number=7", "number=1"])  # the second at the end
+
+    def test_losses_are_told_once_a_minute(self) -> None:
+        log = self.open()
+        with self.assertLogs(dotproxy.logger) as logged:
+            for seconds in (0, 59, 1):
+                self.clock.advance(seconds)
+                log.put([self.record] * (log.BACKLOG + 1))
+                log._courier._carry()
+
+            self.assertEqual(len(logged.records), 2)
+            log.close()
+
+    def test_renamed_file_is_left_for_a_new_one(self) -> None:
+        log = self.open()
+        log.start()
+        log.put([self.record])
+        wait_until(lambda: self.lines() == 1)
+        os.rename(self.path, self.path + ".1")
+        log.reopen()
+        wait_until(lambda: os.path.exists(self.path))
+        log.put([self.record] * 2)
+        log.close()
+
+        self.assertEqual((self.lines(".1"), self.lines()), (1, 2))
+
+    def test_file_that_cannot_be_reopened_is_kept(self) -> None:
+        log = self.open()
+        fails = mock.patch.object(
+            dotproxy, "open_log", side_effect=PermissionError(13, "no permission")
+        )
+        with fails, self.assertLogs(dotproxy.logger) as logged:
+            log.reopen()
+            log.put([self.record])
+            log.close()
+
+        self.assertEqual(self.lines(), 1)
+        self.assertIn("error=no permission", logged.records[0].getMessage())
+
+    def test_full_disk_is_told_once_and_does_not_end_the_log(self) -> None:
+        log = self.open()
+        results = [(1, "disk full"), (1, "disk full"), (0, "")]
+        write = mock.Mock(side_effect=results)
+        patch = mock.patch.object(dotproxy.Output, "write", write)
+        with patch, self.assertLogs(dotproxy.logger) as logged:
+            for done in range(1, 4):
+                log.put([self.record])
+                log._courier._carry()
+                self.assertEqual(write.call_count, done)
+            log.close()
+
+        told = [m.getMessage().partition(":")[0] for m in logged.records]
+        self.assertEqual(told.count("query log fails"), 1)
+        self.assertEqual(log.dropped, 2)
+
+    def test_file_that_cannot_be_opened_is_an_error_with_a_cure(self) -> None:
+        self.path = os.path.dirname(self.path)
+
+        with self.assertRaisesRegex(dotproxy.ConfigError, "mend --query-log"):
+            self.open()
 
 
 # ---- Timer and worker threads --------------------------------------------------------
@@ -6591,7 +7172,7 @@ class ProxyMetricsTest(ProxyTestCase):
     ) -> None:
         super().build(cache, guard)
         self.metrics = dotproxy.Metrics()
-        self.proxy.observer = self.metrics
+        self.proxy.witness.observer = self.metrics
 
     def responses(self, *labels: str) -> float:
         name = "dotproxy_dns_responses_total"
@@ -9090,11 +9671,11 @@ class LivenessTest(DotproxyTestCase):
                 self.assertFalse(daemon.is_turning(1005.1))
 
     def test_watchdog_hears_nothing_while_a_loop_hangs(self) -> None:
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        received, written = os.pipe()
         again = mock.patch.object(dotproxy.Supervisor, "AGAIN", 0.01)
         with self.standing() as daemon, Notifications() as heard, again:
             variables = {"NOTIFY_SOCKET": heard.path, "WATCHDOG_USEC": "20000"}
-            arguments = signals, daemon, dotproxy.Supervisor(variables)
+            arguments = received, daemon, dotproxy.Supervisor(variables)
             waiter = threading.Thread(target=dotproxy.wait_for_signal, args=arguments)
             daemon.servers[0].turned_at = -math.inf
             with self.assertLogs(dotproxy.logger, "WARNING"):
@@ -9102,8 +9683,10 @@ class LivenessTest(DotproxyTestCase):
                 hung = [heard.next() for _ in range(3)]
                 daemon.servers[0].turned_at = time.monotonic()
                 wait_until(lambda: heard.next().startswith("WATCHDOG=1\n"))
-                signals.put(signal.SIGTERM)
+                os.write(written, bytes([signal.SIGTERM]))
                 waiter.join()
+        os.close(received)
+        os.close(written)
 
         for each in hung:
             self.assertRegex(each, r"\ASTATUS=1 of 1 upstreams up, 0 queries in flight")
@@ -9554,7 +10137,11 @@ OPTIONS: list[tuple[str, str, object]] = [
     ("admin", "127.0.0.1:9999", ("127.0.0.1", 9999)),
     ("log_level", "debug", "debug"),
     ("log_format", "json", "json"),
+    ("log_format", "json", "json"),
+    ("query_log", "a.log", "a.log"),
+    ("query_log_privacy", "hash", "hash"),
 ]
+NEEDED = {"query_log_privacy": ("--query-log",)}  # with an option, else it is an error
 
 
 class ConfigTest(DotproxyTestCase):
@@ -9568,17 +10155,27 @@ class ConfigTest(DotproxyTestCase):
             flag = "--" + name.replace("_", "-")
             for arguments in ([flag, text], [f"{flag}={text}"]):
                 with self.subTest(arguments=arguments):
-                    self.assertEqual(getattr(configured(*arguments), name), value)
+                    config = configured(*arguments, *NEEDED.get(name, ()))
+                    self.assertEqual(getattr(config, name), value)
 
     def test_option_is_taken_from_the_environment(self) -> None:
         for name, text, value in OPTIONS:
             with self.subTest(name):
-                config = configured(**{name.upper(): text})
+                needed = NEEDED.get(name, ())
+                config = configured(*needed, **{name.upper(): text})
                 self.assertEqual(getattr(config, name), value)
 
     def test_errand_is_taken_from_the_command_line_alone(self) -> None:
         self.assertTrue(configured("--healthcheck").healthcheck)
         self.assertFalse(configured(HEALTHCHECK="1").healthcheck)
+
+    def test_query_log_without_a_file_is_stderr(self) -> None:
+        self.assertEqual(configured("--query-log").query_log, "-")
+        self.assertEqual(configured(QUERY_LOG="-").query_log, "-")
+
+    def test_privacy_without_a_query_log_is_an_error(self) -> None:
+        with self.assertRaisesRegex(dotproxy.ConfigError, "needs --query-log"):
+            configured(QUERY_LOG_PRIVACY="hash")
 
     def test_command_line_wins_over_the_environment(self) -> None:
         config = configured(
@@ -10741,6 +11338,29 @@ class MainTest(DotproxyTestCase):
             self.assertIn("entries=1", said)
             self.assertEqual(len(upstream.queries), 2)
 
+    def test_every_line_of_json_is_of_the_schema(self) -> None:
+        with FakeUpstream() as upstream:
+            options = ["--log-format=json", "--query-log", "--log-level=debug"]
+            with Program.before(upstream, *options) as program:
+                ready = json.loads(program.line_with("ready:"))
+                port = int(ready["labels.listen"].rpartition(":")[2])
+                with UDPClient((LOCALHOST, port)) as client:
+                    for _ in range(3):
+                        client.send(query())
+                        client.receive()
+                program.signal(signal.SIGUSR1)
+                program.line_with("state: name=")
+                program.signal(signal.SIGTERM)
+                self.assertEqual(program.wait(), 0)
+
+        lines = [json_line(line) for line in program.output.splitlines()]
+        asked = [line for line in lines if line["event.dataset"] == "dotproxy.query"]
+        sources = [line["labels.source"] for line in asked]
+        ports = [line.get("destination.port") for line in asked]
+        self.assertCountEqual(sources, ["upstream", "cache", "cache"])
+        self.assertIn(upstream.port, ports)
+        self.assertIn("stopping", [line.get("message") for line in lines])
+
     def test_supervisor_hears_of_the_start_a_reload_and_the_end(self) -> None:
         with FakeUpstream() as upstream, Notifications() as heard:
             variables = {"NOTIFY_SOCKET": heard.path}
@@ -10945,7 +11565,7 @@ class HouseStyleTest(DotproxyTestCase):
     # State that one lock guards, or that is decided together, stays in one place.
     LONG_CLASSES = frozenset(
         (
-            *("Cache", "Connection", "Dispatcher", "Proxy", "StreamHandler"),
+            *("Cache", "Connection", "Daemon", "Dispatcher", "Proxy", "StreamHandler"),
             "UpstreamGroup",
         )
     )
