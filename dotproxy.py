@@ -267,6 +267,10 @@ class ConfigError(DotproxyError):
 NO_CLIENT = ("", 0)  # the client of a query that none has asked
 
 
+Transport = tuple[str, str]  # udp, tcp or dot; 1 for IPv4, 2 for IPv6
+NO_TRANSPORT = "", ""
+
+
 class Query:
     """A well-formed query: what was asked, and what its answer must look like."""
 
@@ -283,12 +287,12 @@ class Query:
         "limit",  # octets that the answer may have
         "options",  # EDNS options to pass on, as on the wire
         "padded",  # whether the answer is, RFC 7830 section 4
-        "proto",  # how it came: udp, tcp or dot
         "question",  # QNAME, QTYPE and QCLASS as sent, case included
         "received",  # when
         "refusal",  # RCODE to refuse it with, or 0
         "size",  # octets of the message
         "stale",  # the expired cache entry that may answer it, set by the proxy
+        "transport",  # how it came
     )
 
     def __init__(self, ident: int, flags: int, question: bytes, limit: int) -> None:
@@ -297,7 +301,7 @@ class Query:
         self.question = question
         self.limit = limit
         self.client = NO_CLIENT
-        self.proto = ""
+        self.transport = NO_TRANSPORT
         self.received = 0.0
         self.answer = b""
         self.size = 0
@@ -1106,7 +1110,7 @@ class Histogram:
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.sum = 0.0
-        self.counts: collections.Counter[int] = collections.Counter()  # by bucket
+        self.counts = [0] * (len(bounds) + 1)  # by bucket
 
     def observe(self, value: float, times: int = 1) -> None:
         """Count a value so many times."""
@@ -1115,8 +1119,9 @@ class Histogram:
 
     def observe_all(self, values: Sequence[float]) -> None:
         """Count each value once: 0.1 us a value."""
-        places = map(functools.partial(bisect.bisect_left, self.bounds), values)
-        self.counts.update(places)
+        counts, bounds = self.counts, self.bounds
+        for value in values:
+            counts[bisect.bisect_left(bounds, value)] += 1
         self.sum += sum(values)
 
     def copy(self) -> Histogram:
@@ -1127,8 +1132,7 @@ class Histogram:
 
     def cumulated(self) -> list[tuple[float, int]]:
         """Return each bound, infinity last, with the number of values up to it."""
-        counts = [self.counts[place] for place in range(len(self.bounds) + 1)]
-        return list(zip((*self.bounds, math.inf), itertools.accumulate(counts)))
+        return list(zip((*self.bounds, math.inf), itertools.accumulate(self.counts)))
 
 
 # The name of a family, the values of its labels, and the value.
@@ -1245,7 +1249,7 @@ class Observer:
     """
 
     def answered_at_once(
-        self, proto: str, family: str, tally: list[Label], seconds: float
+        self, transport: Transport, tally: list[Label], seconds: float
     ) -> None:
         """These queries of one batch were answered by whom they came to."""
 
@@ -1270,11 +1274,11 @@ class AnswerCounts:
         self.sizes = Histogram(SIZES), Histogram(SIZES)
         self.dnssec = 0
 
-    def add(self, proto: str, family: str, labels: Mapping[Label, int]) -> None:
+    def add(self, transport: Transport, labels: Mapping[Label, int]) -> None:
         """Count answers to clients of this transport."""
         for (source, rrtype, rcode, do, size, answer), number in labels.items():
             name = TYPE_NAMES.get(int.from_bytes(rrtype, "big"), "other")
-            self.requests[proto, family, name] += number
+            self.requests[(*transport, name)] += number
             self.responses[RCODE_NAMES.get(rcode, "other"), source] += number
             self.sizes[0].observe(size, number)
             self.sizes[1].observe(answer, number)
@@ -1318,7 +1322,7 @@ class Metrics(Observer):
         self._lock = threading.Lock()  # guards all below
         # To count labels as they come, and sum them up when somebody looks, costs a hit
         # 0.15 us; to add to each number that they stand for, more than 1 us.
-        self._labels: dict[tuple[str, str], collections.Counter[Label]] = (
+        self._labels: dict[Transport, collections.Counter[Label]] = (
             collections.defaultdict(collections.Counter)
         )
         self._counts = AnswerCounts()
@@ -1331,13 +1335,14 @@ class Metrics(Observer):
         self._collectors.append(collect)
 
     def answered_at_once(
-        self, proto: str, family: str, tally: list[Label], seconds: float
+        self, transport: Transport, tally: list[Label], seconds: float
     ) -> None:
         """Count a batch."""
         rest = [label[0] for label in tally if label[0] != CACHE]
         durations = self._durations
         with self._lock:
-            self._count_locked((proto, family), tally)
+            self._labels[transport].update(tally)
+            self._sum_up_locked()
             durations[CACHE].observe(seconds, len(tally) - len(rest))
             for source in rest:
                 durations[source].observe(seconds)
@@ -1346,22 +1351,21 @@ class Metrics(Observer):
         self, answers: Sequence[Answered], upstream: Endpoint | None, now: float
     ) -> None:
         """Count those who had to wait."""
-        tallies: dict[tuple[str, str], list[Label]] = collections.defaultdict(list)
-        waits: dict[str, list[float]] = collections.defaultdict(list)
-        for waiters, response, source in answers:
-            rcode, wait = response.rcode, waits[source]
-            for query, _ in waiters:
-                family = "2" if ":" in query.client[0] else "1"
-                label = label_answer(query, source, rcode, len(query.answer))
-                tallies[query.proto, family].append(label)
-                wait.append(now - query.received)
+        labels, durations, bucket = self._labels, self._durations, bisect.bisect_left
         with self._lock:
-            for transport, tally in tallies.items():
-                self._count_locked(transport, tally)
-            for source, seconds in waits.items():
-                self._durations[source].observe_all(seconds)
+            for waiters, response, source in answers:
+                rcode, duration = response.rcode, durations[source]
+                for query, _ in waiters:
+                    # All in one place: 0.5 us an answer, twice that with calls.
+                    rrtype, do = query.question[-4:-2], query.edns_flags >= DO
+                    label = source, rrtype, rcode, do, query.size, len(query.answer)
+                    labels[query.transport][label] += 1
+                    seconds = now - query.received
+                    duration.counts[bucket(LATENCIES, seconds)] += 1
+                    duration.sum += seconds
                 if source in (UPSTREAM, LOCAL):
-                    self._misses += len(seconds)
+                    self._misses += len(waiters)
+            self._sum_up_locked()
 
     def turned_away(self, reason: str, number: int = 1) -> None:
         """Count them."""
@@ -1388,7 +1392,7 @@ class Metrics(Observer):
             durations = {key: each.copy() for key, each in self._durations.items()}
             turned_away, misses = self._turned_away.copy(), self._misses
         for transport, each in labels.items():
-            counts.add(*transport, each)
+            counts.add(transport, each)
         yield from counts.samples()
         for source, duration in durations.items():
             yield "dotproxy_dns_request_duration_seconds", (source,), duration
@@ -1399,12 +1403,11 @@ class Metrics(Observer):
         versions = __version__, platform.python_version(), ssl.OPENSSL_VERSION
         yield "dotproxy_build_info", versions, 1
 
-    def _count_locked(self, transport: tuple[str, str], tally: list[Label]) -> None:
-        labels = self._labels[transport]
-        labels.update(tally)
-        if len(labels) > self.MAX_LABELS:
-            self._counts.add(*transport, labels)
-            labels.clear()
+    def _sum_up_locked(self) -> None:
+        for transport, labels in self._labels.items():
+            if len(labels) > self.MAX_LABELS:
+                self._counts.add(transport, labels)
+                labels.clear()
 
 
 # ---- Dashboard -----------------------------------------------------------------------
@@ -2359,7 +2362,7 @@ def logging_to_stderr(level: str, style: str) -> Iterator[None]:
 class CacheEntry:
     """A stored response, and how it is used."""
 
-    OVERHEAD = 500  # octets of an entry beside its key and message, as measured
+    OVERHEAD = 420  # octets of an entry beside its key and message, as measured
     PREFETCH_AFTER = 0.9  # of the life
 
     __slots__ = (
@@ -2438,7 +2441,11 @@ class Cache:
         self._entries: collections.OrderedDict[bytes, CacheEntry] = (
             collections.OrderedDict()  # least recently used first
         )
-        self._expiries: list[tuple[float, bytes]] = []  # a heap, with outdated items
+        # Keys by the second in which they expire, outdated ones among them, and a heap
+        # of these seconds: 0.2 us less for an answer than a heap of keys.
+        self._expiring: dict[int, list[bytes]] = {}
+        self._seconds: list[int] = []
+        self._expiries = 0  # keys in _expiring
         self._size = 0
         self._evictions = 0
 
@@ -2506,10 +2513,10 @@ class Cache:
                     entry = old  # a failure never takes the place of data
             self._entries[key] = entry
             self._size += entry.size(key)
-            heapq.heappush(self._expiries, (entry.expires, key))
+            self._note_expiry_locked(int(entry.expires), key)
             if self._size > self._max_bytes:
                 self._shrink_locked(now)
-            if len(self._expiries) > len(self._entries) * 3 // 2 + 64:
+            if self._expiries > len(self._entries) * 3 // 2 + 64:
                 self._tidy_locked()
         if response.ttl == ttl and response.longest_ttl == ttl:
             return response
@@ -2538,7 +2545,7 @@ class Cache:
         with self._lock:
             number = len(self._entries)
             self._entries.clear()
-            self._expiries.clear()
+            self._forget_expiries_locked()
             self._size = 0
         return number
 
@@ -2586,22 +2593,34 @@ class Cache:
             self._remove_locked(self._victim_locked(now))
             self._evictions += 1
 
+    def _note_expiry_locked(self, second: int, key: bytes) -> None:
+        self._expiries += 1
+        keys = self._expiring.get(second)
+        if keys is not None:
+            keys.append(key)
+            return
+        self._expiring[second] = [key]
+        heapq.heappush(self._seconds, second)
+
+    def _forget_expiries_locked(self) -> None:
+        self._expiring, self._seconds, self._expiries = {}, [], 0
+
     def _tidy_locked(self) -> None:
-        """Drop what the heap has on entries that are gone or were replaced."""
-        entries = self._entries
-        self._expiries = [
-            item
-            for item in self._expiries
-            if (entry := entries.get(item[1])) and entry.expires == item[0]
-        ]
-        heapq.heapify(self._expiries)
+        """Drop what is noted of entries that are gone or were replaced."""
+        self._forget_expiries_locked()
+        for key, entry in self._entries.items():
+            self._note_expiry_locked(int(entry.expires), key)
 
     def _victim_locked(self, now: float) -> bytes:
-        while self._expiries and self._expiries[0][0] <= now:
-            expires, key = heapq.heappop(self._expiries)
-            entry = self._entries.get(key)
-            if entry is not None and entry.expires == expires:
-                return key
+        while self._seconds and self._seconds[0] < int(now):
+            keys = self._expiring[self._seconds[0]]
+            while keys:
+                self._expiries -= 1
+                key = keys.pop()
+                entry = self._entries.get(key)
+                if entry is not None and int(entry.expires) == self._seconds[0]:
+                    return key
+            del self._expiring[heapq.heappop(self._seconds)]
         return next(iter(self._entries))
 
     def _remove_locked(self, key: bytes) -> None:
@@ -5345,7 +5364,7 @@ class Witness:
 
     def at_once(
         self,
-        transport: tuple[str, str],
+        transport: Transport,
         tally: list[Label],
         given: Sequence[Given],
         times: tuple[float, float],
@@ -5355,7 +5374,7 @@ class Witness:
         `given` is for the query log: what each label of `tally` stands for. `times`:
         when the queries came, and the seconds that their answers took.
         """
-        self.observer.answered_at_once(*transport, tally, times[1])
+        self.observer.answered_at_once(transport, tally, times[1])
         if self.query_log is not None:
             self.query_log.put(
                 [
@@ -5376,7 +5395,7 @@ class Witness:
             where = upstream if source == UPSTREAM and upstream else ""
             for query, _ in waiters:
                 start, client = query.received, query.client
-                what = query, query.answer, client, query.proto
+                what = query, query.answer, client, query.transport[0]
                 records.append((*what, start, now - start, source, where))
         self.query_log.put(records)
 
@@ -5915,7 +5934,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         self._inherited = inherited
         host = ipaddress.ip_address(address[0])
         self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
-        self._family = "2" if host.version == 6 else "1"  # as CoreDNS counts them
+        self._transport = "udp", "2" if host.version == 6 else "1"
         self._wildcard = host.is_unspecified
         super().__init__(address, UDPHandler)
 
@@ -5986,7 +6005,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
             else:
                 found.client = address
                 found.received = now
-                found.proto = "udp"
+                found.transport = self._transport
                 reply = functools.partial(self.reply, address, ancillary)
                 misses.append((found, reply))
         if misses:
@@ -5995,7 +6014,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
                 proxy.witness.observer.turned_away("backlog", len(misses))
         if tally:
             times = now, self.clock() - now
-            proxy.witness.at_once(("udp", self._family), tally, given, times)
+            proxy.witness.at_once(self._transport, tally, given, times)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
@@ -6196,14 +6215,13 @@ class StreamHandler(socketserver.BaseRequestHandler):
             else:
                 found.client = client
                 found.received = now
-                found.proto = server.proto
+                found.transport = server.transport
                 queries.append((found, self.reply))
         if queries:
             server.proxy.resolve(queries)
         if tally:
-            family = "2" if server.address_family == socket.AF_INET6 else "1"
-            transport, times = (server.proto, family), (now, server.clock() - now)
-            server.proxy.witness.at_once(transport, tally, given, times)
+            times = now, server.clock() - now
+            server.proxy.witness.at_once(server.transport, tally, given, times)
 
     def _push(self, octets: bytes, answers: int = 0) -> None:
         """Send what the kernel takes and keep the rest; break where it is hopeless."""
@@ -6357,6 +6375,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         self._short_at = -math.inf  # when descriptors last ran out
         version = ipaddress.ip_address(address[0]).version
         self.address_family = socket.AF_INET6 if version == 6 else socket.AF_INET
+        self.transport = self.proto, "2" if version == 6 else "1"
         super().__init__(address, self.handler)
 
     def server_bind(self) -> None:

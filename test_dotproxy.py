@@ -2123,14 +2123,15 @@ class MetricsTest(DotproxyTestCase):
         self, received: float = 1000.0, client: str = "192.0.2.1"
     ) -> dotproxy.Waiter:
         asked = dotproxy.parse_query(query(do=True))
-        asked.received, asked.client, asked.proto = received, (client, 5353), "tcp"
+        asked.received, asked.client = received, (client, 5353)
+        asked.transport = "tcp", "2" if ":" in client else "1"
         asked.answer = bytes(100)
         return asked, lambda message: None
 
     def test_answers_at_once_are_counted_by_what_they_are(self) -> None:
         tally = [label(), label(), label("stale", 28), label("local", 999, 5, True)]
 
-        self.metrics.answered_at_once("udp", "1", tally, 0.001)
+        self.metrics.answered_at_once(("udp", "1"), tally, 0.001)
 
         for number, name, *labels in (
             (2, "dotproxy_dns_requests_total", "udp", "1", "A"),
@@ -2183,14 +2184,14 @@ class MetricsTest(DotproxyTestCase):
         ]
 
         for each in many:
-            self.metrics.answered_at_once("udp", "1", [each], 0.0)
+            self.metrics.answered_at_once(("udp", "1"), [each], 0.0)
 
         counted = self.value("dotproxy_dns_requests_total", "udp", "1", "A")
         self.assertEqual(counted, len(many))
         self.assertEqual(self.value("dotproxy_dns_request_size_bytes"), len(many))
 
     def test_looking_twice_counts_nothing_twice(self) -> None:
-        self.metrics.answered_at_once("udp", "1", [label()], 0.0)
+        self.metrics.answered_at_once(("udp", "1"), [label()], 0.0)
         self.metrics.samples()
 
         self.assertEqual(self.value("dotproxy_cache_hits_total"), 1)
@@ -2204,14 +2205,14 @@ class MetricsTest(DotproxyTestCase):
 
     def test_query_that_could_not_be_parsed_was_turned_away(self) -> None:
         tally = [label("local", 0, 1), label("local", 0, 4), label("local", 0, 5)]
-        self.metrics.answered_at_once("udp", "1", tally, 0.0)
+        self.metrics.answered_at_once(("udp", "1"), tally, 0.0)
 
         self.assertEqual(self.value("dotproxy_turned_away_total", "format-error"), 2)
 
     def test_counts_by_many_threads_add_up(self) -> None:
         def count() -> None:
             for _ in range(500):
-                self.metrics.answered_at_once("udp", "1", [label(), label()], 0.0)
+                self.metrics.answered_at_once(("udp", "1"), [label(), label()], 0.0)
                 self.metrics.turned_away("backlog")
 
         threads = [threading.Thread(target=count) for _ in range(8)]
