@@ -7167,6 +7167,7 @@ def check_health(
 
 DEFAULT_PORT = 5353
 DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
+WILDCARDS = ("0.0.0.0", "::")
 DNS_PORT = 53
 DEFAULT_ADMIN = ("127.0.0.1", 9153)  # the port of CoreDNS's metrics
 DOT_PORT = 853  # RFC 7858 section 3.1
@@ -7862,14 +7863,17 @@ def bind_servers(
     given: bool,
     option: str = "--listen",
 ) -> list[UDPServer | TCPServer]:
-    """Bind every address; raises ConfigError where one that was `given` cannot be."""
+    """Bind every address; raises ConfigError where one that was `given` cannot be.
+
+    All addresses of a family that this host lacks are none: that is no error.
+    """
     servers: list[UDPServer | TCPServer] = []
     for address in addresses:
         try:
             servers += bind_port(address, bind)
         except OSError as error:
             absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            if absent and not given:
+            if absent and (address[0] in WILDCARDS or not given):
                 text = "not listening: address=%s error=%s"
                 logger.info(text, address[0], error.strerror)
                 continue
