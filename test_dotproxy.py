@@ -10587,6 +10587,28 @@ class ConfigTest(DotproxyTestCase):
         self.assertEqual(len(logged.output), 2)
         self.assertEqual(caught.exception.status, 1)
 
+    def test_wildcard_of_a_family_that_the_host_lacks_is_skipped(self) -> None:
+        server = mock.Mock()
+
+        def without_v6(address: Address, bind: object) -> tuple[mock.Mock]:
+            if ":" in address[0]:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
+            return (server,)
+
+        def bind(*hosts: str) -> list[object]:
+            addresses = [(host, 53) for host in hosts]
+            return [*dotproxy.bind_servers(addresses, mock.Mock(), True)]
+
+        with (
+            mock.patch.object(dotproxy, "bind_port", without_v6),
+            self.assertLogs(dotproxy.logger, "INFO") as logged,
+        ):
+            self.assertEqual(bind("0.0.0.0", "::"), [server])
+            for hosts in (("::",), ("0.0.0.0", "2001:db8::1")):
+                self.assertRaises(dotproxy.ConfigError, bind, *hosts)
+
+        self.assertIn("not listening: address=:: error=", logged.output[0])
+
 
 # ---- Doctor --------------------------------------------------------------------------
 
@@ -11635,6 +11657,108 @@ def options_in_help() -> list[tuple[str, ...]]:
             meaning, _, default = str(action.help).rstrip(")").partition(" (default: ")
             found.append((name, default, meaning))
     return found
+
+
+# ---- Deployment ----------------------------------------------------------------------
+
+
+def read_beside(name: str) -> str:
+    """Return a file of the directory that dotproxy.py is in."""
+    path = os.path.join(os.path.dirname(dotproxy.__file__), name)
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+class ImageTest(DotproxyTestCase):
+    dockerfile: str
+    lists: dict[str, list[str]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.dockerfile = read_beside("Dockerfile").replace("\\\n", "")
+        found = re.findall(r'^ARG (\w+)="(.*)"$', cls.dockerfile, re.M)
+        cls.lists = {name: words.split() for name, words in found}
+
+    def test_every_module_that_is_imported_is_in_it(self) -> None:
+        wanted = {name.partition(".")[0] for name in dotproxy.LATE_MODULES}
+        for node in ast.walk(Source(dotproxy.__file__).tree):
+            if isinstance(node, ast.Import):
+                wanted.update(alias.name.partition(".")[0] for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                wanted.add(str(node.module).partition(".")[0])
+
+        wanted -= {"ctypes", "encodings"}  # for root alone; a list of its own
+        held = {*self.lists["MODULES"], *self.lists["EXTENSIONS"]}
+        self.assertEqual(wanted - held - set(sys.builtin_module_names), set())
+
+    def test_lists_are_sorted_and_have_each_name_once(self) -> None:
+        self.assertEqual(set(self.lists), {"MODULES", "CODECS", "EXTENSIONS"})
+        for name, words in self.lists.items():
+            self.assertEqual(words, sorted(set(words)), name)
+
+    def test_label_has_the_version(self) -> None:
+        self.assertIn(f'image.version="{dotproxy.__version__}"', self.dockerfile)
+
+    def test_listens_on_all_addresses_and_the_ports_exposed(self) -> None:
+        found = re.search(r'^ENV DOTPROXY_LISTEN="(.*)"$', self.dockerfile, re.M)
+
+        assert found is not None
+        listen = configured(LISTEN=found[1]).listen
+        self.assertEqual(listen, (("0.0.0.0", 5353), ("::", 5353)))
+        self.assertIn("\nEXPOSE 5353/udp 5353/tcp\n", self.dockerfile)
+
+    def test_health_check_is_the_entry_point_with_its_option(self) -> None:
+        found = re.findall(r'^(?:.* CMD|ENTRYPOINT) \["(.*)"\]$', self.dockerfile, re.M)
+
+        check, entry = (text.split('", "') for text in found)
+        self.assertEqual(check, [*entry, "--healthcheck"])
+        self.assertIn("--healthcheck", dotproxy.build_parser().format_help())
+
+
+class ReadmeTest(DotproxyTestCase):
+    blocks: dict[str, str]
+    readme: str
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.readme = read_beside("README.md")
+        named = r"^`([\w.-]+)`:\n\n```\w+\n(.*?)^```$"
+        cls.blocks = dict(re.findall(named, cls.readme, re.M | re.S))
+
+    def test_blocks_that_make_files_are_found(self) -> None:
+        manifests = ["compose.yaml", "dotproxy.yaml", "dotproxy-node.yaml"]
+        units = ["dotproxy.socket", "dotproxy.service"]
+
+        self.assertLessEqual({*manifests, *units}, set(self.blocks))
+
+    def test_commands_have_options_that_exist(self) -> None:
+        lines = self.readme.replace("\\\n", "")
+        commands = re.findall(r"^    [$#] .*dotproxy\.py( .*)", lines, re.M)
+        used = re.findall(r" (--[a-z-]+)", "".join(commands))
+        actions = dotproxy.build_parser()._actions
+        own = {name for action in actions for name in action.option_strings}
+
+        self.assertGreater(len(used), 5)
+        self.assertEqual(set(used) - own, set())
+
+    def test_manifests_fit_the_image(self) -> None:
+        dockerfile = read_beside("Dockerfile")
+        (user,) = re.findall(r"^USER (\d+):\d+$", dockerfile, re.M)
+        (ports,) = re.findall(r"^EXPOSE (.*)$", dockerfile, re.M)
+
+        published = re.findall(r'"53:(\d+/\w+)"', self.blocks["compose.yaml"])
+        self.assertEqual(published, ports.split())
+        for name in ("dotproxy.yaml", "dotproxy-node.yaml"):
+            text = self.blocks[name]
+            numbers = re.findall(r"runAs(?:User|Group): (\d+)", text)
+            self.assertEqual(numbers, [user, user], name)
+            dns = r"name: dns(?:-tcp)?, containerPort: (\d+), protocol: (\w+)"
+            opened = ["/".join(each).lower() for each in re.findall(dns, text)]
+            self.assertEqual(opened, ports.split(), name)
+            tags = re.findall(r"image: dotproxy:(\S+)", text)
+            self.assertEqual(tags, [dotproxy.__version__], name)
 
 
 # ---- Running the tests ---------------------------------------------------------------
