@@ -11733,6 +11733,21 @@ class ReadmeTest(DotproxyTestCase):
 
         self.assertLessEqual({*manifests, *units}, set(self.blocks))
 
+    def test_variables_are_options_with_good_values(self) -> None:
+        found: list[tuple[str, str]] = []
+        for pattern in (
+            r"\bDOTPROXY_(\w+): (.+)",
+            r"name: DOTPROXY_(\w+)\n +value: (.+)",
+            r"Environment=DOTPROXY_(\w+)=(.+)",
+        ):
+            found += re.findall(pattern, "\n".join(self.blocks.values()))
+
+        self.assertGreaterEqual(len(found), 8)
+        for name, text in found:
+            with self.subTest(name=name, text=text):
+                self.assertIn(name.lower(), vars(dotproxy.Config()))
+                configured(**{name: text})
+
     def test_commands_have_options_that_exist(self) -> None:
         lines = self.readme.replace("\\\n", "")
         commands = re.findall(r"^    [$#] .*dotproxy\.py( .*)", lines, re.M)
