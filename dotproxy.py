@@ -8717,6 +8717,8 @@ class Daemon:
         self._proxy.flush()
         if self._identity is not None:
             self._identity.reload()
+        if self._query_log is not None:
+            self._query_log.reopen()
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -8754,8 +8756,6 @@ class Daemon:
     def _show_ready(self, _: str) -> Page:
         trouble = self._proxy.trouble()
         return Page(f"{trouble}\n", status=503) if trouble else Page("OK\n")
-        if self._query_log is not None:
-            self._query_log.reopen()
 
     def _bind(self, address: Address) -> tuple[TCPServer, UDPServer]:
         admission, proxy = self._admission, self._proxy

@@ -2870,6 +2870,12 @@ class QueryLogTest(DotproxyTestCase):
 
         self.assertEqual((self.lines(".1"), self.lines()), (1, 2))
 
+    def test_reload_opens_the_file_again(self) -> None:
+        with serving(answer, f"--query-log={self.path}") as served:
+            os.rename(self.path, f"{self.path}.1")
+            served.daemon.reload()
+            wait_until(lambda: os.path.exists(self.path))
+
     def test_file_that_cannot_be_reopened_is_kept(self) -> None:
         log = self.open()
         fails = mock.patch.object(
