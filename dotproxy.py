@@ -100,6 +100,7 @@ that what is encrypted in turn is sent in turn, and under TLSServer.turns)
     Shelf and Admission have no lock: of their table, a dict and a set, only single
     operations are used. Nor has Routes: it does not change.
     Identity neither: its context is replaced as a whole, by the main thread, at SIGHUP.
+    Nor History: its readings are a tuple that the timer replaces as a whole.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ import glob
 import grp
 import hashlib
 import heapq
+import html
 import http.server
 import importlib
 import io
@@ -4038,6 +4040,7 @@ class Health:
         self.retry_at = 0.0  # when the next attempt may start
         self.urgent_at = 0.0  # the same, where nothing else can serve
         self.probe_at = 0.0  # when a doubtful one may get a copy of a query
+        self.failed_at: float | None = None
         self.error = UpstreamError("closed", "not connected yet")
 
     @property
@@ -4083,6 +4086,7 @@ class Health:
         if self.failing_since is None:
             self.failing_since = started
         self.failures += 1
+        self.failed_at = now
         self.error = error
         jitter = random.uniform(0.75, 1.0)
         outage = now - self.failing_since
@@ -4109,6 +4113,17 @@ UPSTREAM_EVENTS = (
     *(("handshakes", result) for result in ("full", "resumed", *FAILURES)),
     *(("closes", reason) for reason in (*FAILURES, *ENDS)),
 )
+
+
+class Standing(NamedTuple):
+    """How an upstream does, in words and for people."""
+
+    name: str
+    state: str  # up, down, doubtful or new: not connected to yet
+    error: str  # why it does not answer, or did not when it failed last
+    since: float | None  # when it began to fail, if it still does
+    failed_at: float | None  # when it failed last
+    domain: str = ""  # the one that is routed to it, if it is not for all
 
 
 class Upstream:
@@ -4226,10 +4241,21 @@ class Upstream:
 
     def describe_trouble(self) -> str:
         """Say in words why it does not answer."""
-        health = self.health
-        mute = health.doubtful and health.failing_since is None
-        text = "took queries and has not answered since" if mute else str(health.error)
-        return f"{self.endpoint}: {text}"
+        return f"{self.endpoint}: {self.standing().error}"
+
+    def standing(self) -> Standing:
+        """Return how it does."""
+        health, error = self.health, str(self.health.error)
+        state = "down" if health.failing_since is not None else "new"
+        if health.doubtful and state == "new":
+            state, error = "doubtful", "took queries and has not answered since"
+        return Standing(
+            str(self.endpoint),
+            "up" if self.up else state,
+            error,
+            health.failing_since,
+            health.failed_at,
+        )
 
     def describe(self) -> str:
         """Return a line on how it does, for the log."""
@@ -4916,6 +4942,11 @@ class UpstreamGroup(ConnectionOwner):
         with self._lock:
             return [s for each in self._fleet.upstreams for s in each.samples()]
 
+    def standings(self) -> list[Standing]:
+        """Return how each upstream does."""
+        with self._lock:
+            return [upstream.standing() for upstream in self._fleet.upstreams]
+
     def trouble(self) -> str:
         """Say why no upstream answers, or nothing where one does; never blocks.
 
@@ -5318,6 +5349,15 @@ class Routes:
             found.update(((s[0], s[1]), s) for s in group.samples())
         yield from found.values()
 
+    def standings(self) -> list[Standing]:
+        """Return how each upstream does."""
+        routed = [
+            standing._replace(domain=domain)
+            for domain, group in self._groups.items()
+            for standing in group.standings()
+        ]
+        return self._default.standings() + routed
+
     def trouble(self) -> str:
         """Say why none of the upstreams answers that most names are asked of."""
         return self._default.trouble()
@@ -5473,6 +5513,10 @@ class Proxy:
         yield "dotproxy_cache_prefetch_total", (), self._refreshes
         yield from self._cache.samples()
         yield from self._upstreams.samples()
+
+    def standings(self) -> list[Standing]:
+        """Return how each upstream does."""
+        return self._upstreams.standings()
 
     def trouble(self) -> str:
         """Say why queries cannot be answered now, or nothing where they can."""
@@ -6816,6 +6860,883 @@ class AdminServer(http.server.ThreadingHTTPServer):
                         request.shutdown(socket.SHUT_RDWR)
 
 
+# ---- Status page ---------------------------------------------------------------------
+# What a person sees at "/", made of the samples that /metrics is made of and of an hour
+# of readings. All of it is drawn here: the script only asks for the page again.
+
+MOST_ROWS = 6  # of a table that could be long
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --back: #f4f5f7; --card: #fff; --text: #1a1f26; --quiet: #59636f; --line: #e1e5ea;
+  --good: #00765a; --warn: #8f5300; --bad: #b3261e;
+  --cache: #2a78b8; --upstream: #eda126; --stale: #b05c94; --local: #8b95a1;
+  --p50: #2a78b8; --p95: #c77700; --p99: #b3261e;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #101418; --card: #181d23; --text: #e6e9ed; --quiet: #9ba7b4;
+    --line: #2b323b; --good: #45c9a0; --warn: #f0b150; --bad: #ff8a80;
+    --cache: #4a97d6; --upstream: #e0a03a; --stale: #c87fb0; --local: #78838f;
+    --p50: #5aa6e2; --p95: #f0b150; --p99: #ff8a80;
+  }
+}
+* { box-sizing: border-box; margin: 0; }
+body {
+  max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 2.5rem;
+  background: var(--back); color: var(--text); overflow-wrap: anywhere;
+  font: 1rem/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  -webkit-text-size-adjust: 100%;
+}
+main { display: grid; gap: 1.25rem; grid-template-columns: repeat(6, minmax(0, 1fr)); }
+main > * { grid-column: 1 / -1; }
+.card {
+  padding: 1rem 1.25rem; border: 1px solid var(--line); border-radius: .6rem;
+  background: var(--card);
+}
+h1 { font-size: 1.6rem; line-height: 1.25; font-weight: 650; text-wrap: balance; }
+h2 { font-size: .95rem; font-weight: 600; }
+small, .quiet, th, dt, .axis, footer { color: var(--quiet); font-size: .82rem; }
+.good .mark { color: var(--good); }
+.warn .mark { color: var(--warn); }
+.bad .mark { color: var(--bad); }
+.mark { font-weight: 600; }
+.why { margin-top: .35rem; }
+.facts { margin-top: .35rem; }
+.tiles { display: grid; gap: 1.25rem; grid-template-columns: repeat(4, 1fr); }
+.tiles dd { font-size: 2rem; line-height: 1.3; font-weight: 600; white-space: nowrap; }
+.tiles small { display: block; font-weight: 400; white-space: normal; }
+.half { grid-column: span 3; }
+.third { grid-column: span 2; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1.1rem; padding: 0; }
+.legend li { list-style: none; white-space: nowrap; font-size: .82rem; }
+.legend svg { width: 1.1rem; height: .6rem; margin-right: .35rem; }
+.plot { position: relative; height: 9rem; margin-top: .75rem; padding-left: 3.6rem; }
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
+.axis { display: flex; justify-content: space-between; padding: 0; list-style: none; }
+.side {
+  position: absolute; inset: -.6rem auto -.6rem 0; width: 3.1rem;
+  flex-direction: column; text-align: right; line-height: 1.2rem; white-space: nowrap;
+}
+.times { margin-top: .5rem; padding-left: 3.6rem; }
+path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; }
+path.grid { stroke: var(--line); stroke-width: 1; }
+path.line { stroke-linecap: round; stroke-linejoin: round; }
+.none { color: var(--quiet); margin-top: .5rem; }
+.fill-cache { fill: var(--cache); } .fill-upstream { fill: var(--upstream); }
+.fill-stale { fill: var(--stale); } .fill-local { fill: var(--local); }
+.line-p50 { stroke: var(--p50); }
+.line-p95 { stroke: var(--p95); stroke-dasharray: 7 4; }
+.line-p99 { stroke: var(--p99); stroke-dasharray: 2 4; }
+.line-hits { stroke: var(--cache); }
+table { width: 100%; margin-top: .5rem; border-collapse: collapse; font-size: .9rem; }
+th { padding: .3rem .5rem; font-weight: 500; text-align: right; white-space: nowrap; }
+td { padding: .4rem .5rem; border-top: 1px solid var(--line); text-align: right; }
+td { vertical-align: top; }
+td small { display: block; }
+th:first-child, td:first-child { padding-left: 0; text-align: left; }
+th:last-child, td:last-child { padding-right: 0; }
+.upstreams td:not(:first-child) { white-space: nowrap; }
+.trouble td { padding-top: 0; border: 0; color: var(--quiet); font-size: .82rem; }
+.upstreams .trouble td:first-child { grid-column: 1 / -1; white-space: normal; }
+.upstreams td:nth-child(2), .upstreams th:nth-child(2) { text-align: left; }
+.bars { table-layout: fixed; font-size: .86rem; }
+.bars td { padding: .3rem 0; white-space: nowrap; }
+.bars td:first-child { width: 38%; }
+.bars td:nth-child(2) { padding-right: .75rem; }
+.bars td:last-child { width: 41%; }
+.bars small { display: inline; }
+.bars svg { width: 100%; height: .4rem; border-radius: .2rem; background: var(--line); }
+.bars rect { fill: var(--cache); }
+footer { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-top: 1.25rem; }
+a { color: inherit; }
+a:hover { color: var(--text); }
+#lost {
+  position: fixed; inset: auto 0 0; padding: .75rem 1.25rem; text-align: center;
+  background: var(--bad); color: var(--card); font-weight: 600;
+}
+@media (max-width: 60rem) {
+  .third { grid-column: span 3; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .upstreams thead { position: absolute; clip-path: inset(50%); }
+  .upstreams tr {
+    display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .4rem .75rem;
+    padding: .75rem 0; border-top: 1px solid var(--line);
+  }
+  .upstreams td { padding: 0; border: 0; text-align: left; }
+  .upstreams td:first-child { grid-column: span 4; }
+  .upstreams td:nth-child(2) { grid-column: span 2; }
+  .upstreams td:nth-child(n + 3)::before {
+    content: attr(data-label); display: block; color: var(--quiet); font-size: .75rem;
+  }
+  .upstreams .trouble { margin-top: -.5rem; padding-top: 0; border: 0; }
+}
+@media (max-width: 44rem) {
+  body { padding: 1rem .75rem 2rem; }
+  main, .tiles { gap: .75rem; }
+  h1 { font-size: 1.25rem; }
+  .tiles dd { font-size: 1.6rem; }
+  .tiles small { min-height: 2.9em; }
+  .half, .third { grid-column: 1 / -1; }
+  .card { padding: .85rem 1rem; }
+  .upstreams tr { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .upstreams td:first-child { grid-column: span 2; }
+  .upstreams td:nth-child(2) { grid-column: auto; white-space: normal; }
+}
+"""
+
+SCRIPT = """
+"use strict";
+const PERIOD = 5000;
+let waiting = false;
+
+async function update() {
+  if (waiting || document.hidden || !getSelection().isCollapsed) return;
+  waiting = true;
+  const lost = document.getElementById("lost");
+  try {
+    const answer = await fetch("", {signal: AbortSignal.timeout(PERIOD)});
+    if (!answer.ok) throw new Error(answer.statusText);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    document.title = page.title;
+    for (const part of ["main", "link"]) {
+      document.querySelector(part).replaceWith(page.querySelector(part));
+    }
+    lost.hidden = true;
+  } catch {
+    lost.hidden = false;
+  }
+  waiting = false;
+}
+
+setInterval(update, PERIOD);
+document.addEventListener("visibilitychange", update);
+"""
+
+STATUS_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<noscript><meta http-equiv="refresh" content="15"></noscript>
+<link rel="icon" href="data:image/svg+xml,{icon}">
+<style>{style}</style>
+</head>
+<body>
+<main>
+{main}
+</main>
+<footer>
+<a href="metrics">/metrics</a>
+<a href="health">/health</a>
+<a href="ready">/ready</a>
+<a href="grafana.json">/grafana.json</a>
+</footer>
+<p id="lost" role="alert" hidden>This page is out of date: dotproxy does not answer.</p>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+ICON = (
+    "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E"
+    "%3Ccircle cx='4' cy='4' r='4' fill='%23COLOUR'/%3E%3C/svg%3E"
+)
+ICON_COLOURS = {"good": "00a37a", "warn": "e09b1f", "bad": "d64541"}
+
+
+def hash_source(text: str) -> str:
+    """Return how a Content-Security-Policy allows this inline style or script."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+STATUS_POLICY = (
+    f"default-src 'none'; style-src {hash_source(STYLE)}; img-src data:; "
+    f"script-src {hash_source(SCRIPT)}; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Figures:
+    """Samples, to be looked up by name."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._numbers: dict[str, dict[tuple[str, ...], float]] = {}
+        self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
+        for name, labels, value in samples:
+            if isinstance(value, Histogram):
+                self._histograms.setdefault(name, {})[labels] = value
+            else:
+                self._numbers.setdefault(name, {})[labels] = value
+
+    def get(self, name: str, *labels: str) -> float | None:
+        """Return one figure, None where it is not known."""
+        return self._numbers.get(name, {}).get(labels)
+
+    def sums(self, name: str, place: int = 0) -> collections.Counter[str]:
+        """Return what a family adds up to by its label at this place."""
+        found: collections.Counter[str] = collections.Counter()
+        for labels, number in self._numbers.get(name, {}).items():
+            found[labels[place]] += int(number)
+        return found
+
+    def buckets(self, name: str, *labels: str) -> list[int]:
+        """Return how many values are in each bucket of LATENCIES; no labels: in all."""
+        counts = [[0] * (len(LATENCIES) + 1)]
+        for each, histogram in self._histograms.get(name, {}).items():
+            if each[: len(labels)] == labels:
+                counts.append(histogram.counts)
+        return [sum(column) for column in zip(*counts)]
+
+
+def percentile(buckets: Sequence[float], share: float) -> float | None:
+    """Return the seconds in which this share was answered, as Prometheus has it."""
+    rank, below = share * sum(buckets), 0.0
+    bounds: list[float] = [0.0, *LATENCIES, LATENCIES[-1]]
+    for lower, upper, number in zip(bounds, bounds[1:], buckets):
+        if number and below + number >= rank:
+            return lower + (upper - lower) * (rank - below) / number
+        below += number
+    return None
+
+
+def share_of(part: float | None, whole: float | None) -> float | None:
+    """Return which share of the whole a part is, where both are known."""
+    return None if part is None or not whole else part / whole
+
+
+class Reading(NamedTuple):
+    """What the counters said at a time."""
+
+    number: int
+    at: float
+    counts: tuple[float, ...]  # hits, misses, CPU time, answers by source, buckets
+
+
+class Change:
+    """What happened between two readings."""
+
+    def __init__(self, earlier: Reading, later: Reading) -> None:
+        counts = [new - old for old, new in zip(earlier.counts, later.counts)]
+        self.at = later.at
+        self.seconds = later.at - earlier.at
+        self.hits, self.misses, self.cpu, *rest = counts
+        self.rates = [number / self.seconds for number in rest[: len(SOURCES)]]
+        self.buckets = rest[len(SOURCES) :]
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """Return the share of queries that the cache could answer."""
+        return share_of(self.hits, self.hits + self.misses)
+
+
+Point = tuple[float, "float | None"]  # from 0 to 1 each; None: nothing to draw
+
+
+class Window(NamedTuple):
+    """What the charts show."""
+
+    span: float  # s
+    changes: Sequence[Change]
+    latest: Change | None  # over the last minute
+
+    def points(self, values: Iterable[float | None]) -> list[Point]:
+        """Place a value for the end of each change, and for the start of the first."""
+        known = list(values)
+        if not known:
+            return []
+        ends = [change.at for change in self.changes]
+        start = max(ends[0] - self.changes[0].seconds, ends[-1] - self.span)
+        return [
+            (1 - (ends[-1] - at) / self.span, y)
+            for at, y in zip([start, *ends], [known[0], *known])
+        ]
+
+
+class History:
+    """Readings of the last hour; one thread adds them, any thread may look at them."""
+
+    PERIOD = 10.0  # s from one reading to the next
+    PERIODS = 360  # that are kept: an hour
+    LATEST = 6  # periods that count as now
+    POINTS = 60  # in a chart: a phone could not show more
+    STEPS = (1, 3, 6)  # periods to a point: charts of 10, 30 and 60 minutes
+
+    def __init__(self) -> None:
+        # Replaced as a whole and never changed: whoever looks needs no lock.
+        self._readings: tuple[Reading, ...] = ()
+
+    def add(self, samples: Iterable[Sample], now: float) -> None:
+        """Take a reading."""
+        figures = Figures(samples)
+        sources = figures.sums("dotproxy_dns_responses_total", 1)
+        counts = (
+            figures.get("dotproxy_cache_hits_total") or 0,
+            figures.get("dotproxy_cache_misses_total") or 0,
+            figures.get("process_cpu_seconds_total") or 0,
+            *(sources[source] for source in SOURCES),
+            *figures.buckets("dotproxy_dns_request_duration_seconds"),
+        )
+        number = self._readings[-1].number + 1 if self._readings else 0
+        kept = self._readings[-self.PERIODS :]
+        self._readings = (*kept, Reading(number, now, counts))
+
+    def window(self) -> Window:
+        """Return what there is to show: a short time while there is no more."""
+        readings = self._readings
+        spans = [step * self.POINTS * self.PERIOD for step in self.STEPS]
+        if len(readings) < 2:
+            return Window(spans[0], [], None)
+        last = readings[-1]
+        age = last.at - readings[0].at
+        step, span = next(
+            (pair for pair in zip(self.STEPS, spans) if age <= pair[1]),
+            (self.STEPS[-1], spans[-1]),
+        )
+        # Points are at multiples of the step, so that they stay where they are.
+        marks = [r for r in readings if r.number % step == 0 or r is last]
+        changes = [Change(a, b) for a, b in zip(marks, marks[1:])]
+        return Window(
+            span,
+            [change for change in changes if last.at - change.at < span],
+            Change(readings[-self.LATEST - 1 :][0], last),
+        )
+
+
+class Status(NamedTuple):
+    """All that the page tells."""
+
+    figures: Figures
+    window: Window
+    standings: Sequence[Standing]
+    turning: bool  # the servers' loops
+    trouble: str  # why they have no answer to give, if so
+    listen: str
+    cache_limit: int  # octets
+    now: float
+    wall: float
+
+
+STUCK = "a server's loop has not moved for seconds: restart it"
+NONE = "\u2013"  # what is not known, or not yet
+
+
+def write_digits(number: float) -> str:
+    """Write a number with three digits, or with all those before the point."""
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:.3g}"
+
+
+def write_unit(number: float, base: int, units: str) -> str:
+    """Write a number in the largest of these units in which it is 1 or more."""
+    names = units.split(",")
+    place = 0
+    while number >= base and place < len(names) - 1:
+        number, place = number / base, place + 1
+    return f"{write_digits(number)}\u202f{names[place]}"
+
+
+def write_rate(number: float) -> str:
+    """Write a number per second."""
+    return write_digits(number) if number < 1e5 else write_unit(number, 1000, ",k,M,G")
+
+
+def write_count(number: float | None) -> str:
+    """Write a number for people, and the exact one for programs."""
+    if number is None:
+        return NONE
+    text = f"{number:,.0f}" if number < 1e7 else write_unit(number, 1000, ",k,M,G,T,P")
+    return f'<data value="{number:.0f}">{text}</data>'
+
+
+def write_size(octets: float | None) -> str:
+    """Write an amount of memory."""
+    return NONE if octets is None else write_unit(octets, 1024, "B,KiB,MiB,GiB,TiB")
+
+
+def write_latency(seconds: float | None) -> str:
+    """Write how long an answer took, as far as the buckets can tell."""
+    if seconds is None:
+        return NONE
+    if seconds >= LATENCIES[-1]:
+        return f"&gt;\u202f{LATENCIES[-1]:.0f}\u202fs"
+    if seconds < LATENCIES[0]:
+        return f"&lt;\u202f{LATENCIES[0] * 1000:g}\u202fms"
+    unit, number = ("ms", seconds * 1000) if seconds < 0.9995 else ("s", seconds)
+    return f"{number:{'.0f' if number >= 9.95 else '.2g'}}\u202f{unit}"
+
+
+def write_share(share: float | None) -> str:
+    """Write a share of 1 in percent."""
+    return NONE if share is None else f"{write_digits(share * 100)}\u202f%"
+
+
+def write_age(seconds: float) -> str:
+    """Write how long something has lasted."""
+    seconds = max(seconds, 0.0)
+    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86400))
+    if days:
+        return f"{days}\u202fd {hours % 24}\u202fh"
+    if hours:
+        return f"{hours}\u202fh {minutes % 60}\u202fmin"
+    return f"{minutes}\u202fmin" if minutes else f"{int(seconds)}\u202fs"
+
+
+WIDTH, HEIGHT = 1000, 100  # of a chart, in units of its own
+
+
+def draw_path(kind: str, path: str) -> str:
+    """Return a path of this class, if there is anything to draw."""
+    return f'<path class="{kind}" d="{path}"/>' if path else ""
+
+
+def draw_line(points: Iterable[Point]) -> str:
+    """Return the path through points, with gaps where there is nothing."""
+    runs = [
+        [f"{x * WIDTH:.1f} {(1 - y) * HEIGHT:.1f}" for x, y in run if y is not None]
+        for known, run in itertools.groupby(points, lambda point: point[1] is not None)
+        if known
+    ]
+    return "".join(f"M{run[0]}h0L{'L'.join(run)}" for run in runs)
+
+
+def draw_legend(kinds: Mapping[str, str], key: str) -> str:
+    """Return what each line or area stands for and what it is now."""
+    items = [
+        f'<li><svg viewBox="0 0 18 10" aria-hidden="true">{draw_path(kind, key)}</svg>'
+        f"{text}</li>"
+        for kind, text in kinds.items()
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def draw_chart(title: str, legend: str, paths: str, labels: Sequence[str]) -> str:
+    """Return a chart; labels of its even levels from the top down."""
+    levels = [n * HEIGHT / (len(labels) - 1) for n in range(len(labels))]
+    grid = "".join(f"M0 {level:.1f}H{WIDTH}" for level in levels)
+    side = "".join(f"<li>{label}</li>" for label in labels)
+    return f"""<h2>{title}</h2>
+{legend}
+<div class="plot">
+<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img"
+ aria-label="{title}: chart; the legend has the figures of the last minute">
+{draw_path("grid", grid)}{paths}</svg>
+<ul class="axis side" aria-hidden="true">{side}</ul>
+</div>"""
+
+
+def draw_times(span: float) -> str:
+    """Return what stands below a chart."""
+    texts = [f"{span * share / 60:.0f} min ago" for share in (1, 0.5)]
+    items = "".join(f"<li>{text}</li>" for text in (*texts, "now"))
+    return f'<ul class="axis times" aria-hidden="true">{items}</ul>'
+
+
+def even_levels(highest: float) -> list[float]:
+    """Return levels from a round number down to 0."""
+    power = float(10 ** math.floor(math.log10(max(highest, 1.0))))
+    top = next(power * n for n in (1, 2, 4, 6, 8, 10) if power * n >= highest)
+    return [top, top / 2, 0.0]
+
+
+def chart_rates(window: Window) -> str:
+    """Draw queries per second, the sources on top of each other."""
+    stacks = [list(itertools.accumulate(each.rates)) for each in window.changes]
+    levels = even_levels(max((stack[-1] for stack in stacks), default=0.0))
+    areas = []
+    for source, heights in reversed(list(zip(SOURCES, zip(*stacks)))):
+        points = window.points(height / levels[0] for height in heights)
+        down = f"V{HEIGHT}H{points[0][0] * WIDTH:.1f}Z"
+        areas.append(draw_path(f"fill-{source}", draw_line(points) + down))
+    latest = window.latest.rates if window.latest else [0.0] * len(SOURCES)
+    texts = {f"fill-{s}": f"{s} {write_rate(n)}" for s, n in zip(SOURCES, latest)}
+    return draw_chart(
+        "Queries per second by source",
+        draw_legend(texts, "M0 0H18V10H0Z"),
+        "".join(areas),
+        [write_rate(level) for level in levels],
+    )
+
+
+def chart_latencies(window: Window) -> str:
+    """Draw percentiles of the time to answer, on a logarithmic scale."""
+    lines = {
+        name: [percentile(change.buckets, share) for change in window.changes]
+        for name, share in PERCENTILES.items()
+    }
+    logs = [math.log10(y) for y in itertools.chain(*lines.values()) if y] or [-3.0]
+    low = math.floor(min(logs))
+    high = max(math.ceil(max(logs)), low + 1)
+    buckets = window.latest.buckets if window.latest else []
+    paths, texts = [], {}
+    for name, line in lines.items():
+        scaled = [(math.log10(y) - low) / (high - low) if y else None for y in line]
+        paths.append(draw_path(f"line line-{name}", draw_line(window.points(scaled))))
+        now = percentile(buckets, PERCENTILES[name])
+        texts[f"line line-{name}"] = f"{name} {write_latency(now)}"
+    decades = [10.0 ** (power + 3) for power in range(high, low - 1, -1)]
+    return draw_chart(
+        "Time to answer",
+        draw_legend(texts, "M1 5H17"),
+        "".join(paths),
+        [f"{n:g}\u202fms" if n < 1000 else f"{n / 1000:g}\u202fs" for n in decades],
+    )
+
+
+def chart_hits(window: Window) -> str:
+    """Draw the share of queries that the cache could answer."""
+    points = window.points(change.hit_ratio for change in window.changes)
+    now = write_share(window.latest.hit_ratio if window.latest else None)
+    return draw_chart(
+        "Cache hit ratio",
+        draw_legend({"line line-hits": f"answered from the cache {now}"}, "M1 5H17"),
+        draw_path("line line-hits", draw_line(points)),
+        [write_share(share) for share in (1.0, 0.5, 0.0)],
+    )
+
+
+def describe_service(status: Status) -> tuple[str, str, str]:
+    """Say whether it serves: good, warn or bad; a headline; and why, in plain text."""
+    states = collections.Counter(each.state for each in status.standings)
+    up, known = states["up"], len(status.standings)
+    troubled = [each for each in status.standings if each.state != "up"]
+    why = "; ".join(f"{each.name}: {each.error}" for each in troubled[:2])
+    if len(troubled) > 2:
+        why += f"; and {len(troubled) - 2} more, see below"
+    if not status.turning:
+        return "bad", "Not serving", STUCK
+    if up:
+        kind = "good" if up == known else "warn"
+        return kind, f"Serving: {up} of {known} upstreams up", why
+    if states["new"] == known:
+        return "warn", "Starting: no upstream is connected yet", ""
+    since = max((s.since for s in troubled if s.since is not None), default=status.now)
+    outage = f"no upstream has answered for {write_age(status.now - since)}"
+    if status.trouble:
+        return "bad", f"Not serving: {outage}", why
+    return "warn", f"Serving from the cache alone: {outage}", why
+
+
+MARKS = {"good": "●", "warn": "▲", "bad": "✕"}
+
+
+def draw_mark(kind: str) -> str:
+    """Return a mark for good, warn or bad; words say the same beside it."""
+    return f'<span class="mark" aria-hidden="true">{MARKS[kind]}</span>'
+
+
+def draw_service(status: Status) -> str:
+    """Return the headline and what goes with it."""
+    kind, headline, why = describe_service(status)
+    started = status.figures.get("process_start_time_seconds") or status.wall
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(status.wall))
+    facts = (
+        f"dotproxy {__version__}",
+        f"up for {write_age(status.wall - started)}",
+        f"listening on {html.escape(status.listen)}",
+        f"as of {stamp}",
+    )
+    reason = f'<p class="why">{html.escape(why)}</p>' if why else ""
+    return f"""<header class="{kind}">
+<h1>{draw_mark(kind)} {html.escape(headline)}</h1>
+{reason}
+<p class="facts quiet">{" · ".join(facts)}</p>
+</header>"""
+
+
+def draw_tiles(status: Status) -> str:
+    """Return the large figures."""
+    figures, latest = status.figures, status.window.latest
+    hits = figures.get("dotproxy_cache_hits_total") or 0
+    misses = figures.get("dotproxy_cache_misses_total") or 0
+    buckets = latest.buckets if latest else []
+    p50, p95, p99 = (percentile(buckets, share) for share in PERCENTILES.values())
+    total = sum(figures.sums("dotproxy_dns_responses_total").values())
+    waiting = write_count(figures.get("dotproxy_queries_in_flight"))
+    tiles = (
+        (
+            "Queries per second",
+            write_rate(sum(latest.rates)) if latest else NONE,
+            "mean of the last minute",
+        ),
+        (
+            "From the cache",
+            write_share(latest.hit_ratio if latest else None),
+            f"{write_share(share_of(hits, hits + misses))} since the start",
+        ),
+        (
+            "Half answered within",
+            write_latency(p50),
+            f"p95\u00a0{write_latency(p95)}, p99\u00a0{write_latency(p99)}",
+        ),
+        ("Queries answered", write_count(total), f"since the start, {waiting} waiting"),
+    )
+    cards = [
+        f'<div class="card"><dt>{name}</dt><dd>{figure}<small>{more}</small></dd></div>'
+        for name, figure, more in tiles
+    ]
+    return f'<dl class="tiles">{"".join(cards)}</dl>'
+
+
+def describe_standing(standing: Standing, now: float) -> tuple[str, str]:
+    """Say how an upstream does: good, warn or bad, and in words."""
+    if standing.state == "down" and standing.since is not None:
+        return "bad", f"down for {write_age(now - standing.since)}"
+    return {
+        "up": ("good", "up"),
+        "doubtful": ("warn", "not answering"),
+    }.get(standing.state, ("warn", "connecting"))
+
+
+def describe_certificate(expires: float | None, wall: float) -> tuple[str, str]:
+    """Say how long a certificate is good for."""
+    if expires is None:
+        return "good", NONE
+    days = (expires - wall) / 86400
+    kind = "good" if days >= 14 else "warn" if days > 0 else "bad"
+    text = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} h"
+    return kind, text if days > 0 else "expired"
+
+
+COLUMNS = (
+    *("State", "Latency", "Queries", "Failures", "Connections", "Idle life"),
+    "Certificate",
+)
+
+
+def draw_upstream(standing: Standing, status: Status) -> str:
+    """Return the row of an upstream."""
+    figures, name, prefix = status.figures, standing.name, "dotproxy_upstream_"
+    kind, state = describe_standing(standing, status.now)
+    requests = figures.sums(f"{prefix}requests_total")
+    p95 = percentile(figures.buckets(f"{prefix}request_duration_seconds", name), 0.95)
+    share = write_share(share_of(requests[name], sum(requests.values())))
+    idle = figures.get(f"{prefix}idle_life_seconds", name)
+    expires = figures.get(f"{prefix}certificate_expiry_timestamp_seconds", name)
+    validity, days = describe_certificate(expires, status.wall)
+    cells = (
+        f'<span class="{kind}">{draw_mark(kind)} {state}</span>',
+        f"{write_latency(figures.get(f'{prefix}latency_seconds', name))}"
+        f"<small>p95 {write_latency(p95)}</small>",
+        f"{write_count(requests[name])}<small>{share}</small>",
+        write_count(figures.sums(f"{prefix}failures_total")[name]),
+        write_count(figures.get(f"{prefix}connections", name)),
+        NONE if idle is None else f"{write_digits(idle)}\u202fs",
+        days if validity == "good" else f'<span class="{validity}">'
+        f"{draw_mark(validity)} {days}</span>",
+    )
+    row = "".join(
+        f'<td data-label="{label}">{cell}</td>' for label, cell in zip(COLUMNS, cells)
+    )
+    where, _, notes = html.escape(name).partition("#")
+    if standing.domain:
+        notes += f", for {html.escape(standing.domain)} only"
+    row = f"<tr><td><strong>{where}</strong><small>{notes}</small></td>{row}</tr>"
+    if standing.failed_at is None:
+        return row
+    trouble = f"{write_age(status.now - standing.failed_at)} ago: {standing.error}"
+    cell = f'<td colspan="{len(COLUMNS) + 1}">{html.escape(trouble)}</td>'
+    return f'{row}<tr class="trouble">{cell}</tr>'
+
+
+def draw_upstreams(status: Status) -> str:
+    """Return the table of upstreams."""
+    names = "".join(f'<th scope="col">{name}</th>' for name in ("Upstream", *COLUMNS))
+    rows = [draw_upstream(standing, status) for standing in status.standings]
+    return f"""<h2>Upstreams</h2>
+<table class="upstreams"><thead><tr>{names}</tr></thead>
+<tbody>
+{"".join(rows)}
+</tbody></table>"""
+
+
+Row = tuple[str, str, "float | None"]  # a name, its figure, and the share it is
+
+
+def draw_bar(share: float) -> str:
+    """Return a bar of this share of its width."""
+    width = f"{min(share, 1.0):.1%}"
+    return f'<svg aria-hidden="true"><rect width="{width}" height="100%"/></svg>'
+
+
+def draw_rows(title: str, rows: Iterable[Row], empty: str = "None so far.") -> str:
+    """Return a section with a row for each figure."""
+    lines = []
+    for name, figure, share in rows:
+        bar = "" if share is None else draw_bar(share)
+        lines.append(f"<tr><td>{name}</td><td>{bar}</td><td>{figure}</td></tr>")
+    table = f'<table class="bars"><tbody>{"".join(lines)}</tbody></table>'
+    text = table if lines else f'<p class="none">{empty}</p>'
+    return f'<section class="card third"><h2>{title}</h2>{text}</section>'
+
+
+def rank_rows(sums: collections.Counter[str]) -> list[Row]:
+    """Return a row for each of the largest numbers that are not 0."""
+    total = sum(sums.values())
+    largest = [pair for pair in sums.most_common(MOST_ROWS) if pair[1]]
+    return [
+        (html.escape(name), write_count(number), number / total)
+        for name, number in largest
+    ]
+
+
+def draw_used(name: str, used: str, limit: str, share: float | None) -> Row:
+    """Return a row for something that there is a limit to."""
+    return name, f"{used} <small>of {limit}</small>", share or 0.0
+
+
+def draw_cache(status: Status) -> str:
+    """Return what is known of the cache."""
+    get, limit = status.figures.get, status.cache_limit
+    octets = get("dotproxy_cache_size_bytes")
+    memory = share_of(octets, limit)
+    return draw_rows(
+        "Cache",
+        [
+            draw_used("Memory", write_size(octets), write_size(limit), memory),
+            ("Answers", write_count(get("dotproxy_cache_entries")), None),
+            ("Put out", write_count(get("dotproxy_cache_evictions_total")), None),
+            ("Refreshed", write_count(get("dotproxy_cache_prefetch_total")), None),
+        ],
+    )
+
+
+def draw_process(status: Status) -> str:
+    """Return who is connected, and what the process uses."""
+    figures, latest = status.figures, status.window.latest
+    get = figures.get
+    busy = share_of(latest.cpu, latest.seconds) if latest else None
+    files, allowed = get("process_open_fds"), get("process_max_fds")
+    if allowed is not None and math.isinf(allowed):
+        allowed = None
+    limits = figures.sums("dotproxy_pool_threads_limit")
+    threads = [
+        draw_used(
+            f"{html.escape(pool)} threads",
+            *(write_count(number), write_count(limits[pool])),
+            share_of(number, limits[pool]),
+        )
+        for pool, number in figures.sums("dotproxy_pool_threads_busy").items()
+    ]
+    files_share = share_of(files, allowed)
+    return draw_rows(
+        "Clients and process",
+        [
+            ("TCP clients", write_count(get("dotproxy_stream_clients", "tcp")), None),
+            ("TLS clients", write_count(get("dotproxy_stream_clients", "dot")), None),
+            *threads,
+            draw_used("Files", write_count(files), write_count(allowed), files_share),
+            ("CPU", write_share(busy), busy or 0.0),
+            ("Memory", write_size(get("process_resident_memory_bytes")), None),
+        ],
+    )
+
+
+def draw_page(status: Status) -> str:
+    """Return the whole page."""
+    sums, window = status.figures.sums, status.window
+    kind, headline, _ = describe_service(status)
+    times = draw_times(window.span)
+    responses, away = "dotproxy_dns_responses_total", "dotproxy_turned_away_total"
+    parts = (
+        draw_service(status),
+        draw_tiles(status),
+        f'<section class="card">{chart_rates(window)}{times}</section>',
+        f'<section class="card half">{chart_latencies(window)}{times}</section>',
+        f'<section class="card half">{chart_hits(window)}{times}</section>',
+        f'<section class="card">{draw_upstreams(status)}</section>',
+        draw_rows("Answers by RCODE", rank_rows(sums(responses))),
+        draw_rows("Queries by type", rank_rows(sums("dotproxy_dns_requests_total", 2))),
+        draw_rows("Answers by source", rank_rows(sums(responses, 1))),
+        draw_rows("Turned away, by reason", rank_rows(sums(away)), "Nobody so far."),
+        draw_cache(status),
+        draw_process(status),
+    )
+    return STATUS_PAGE.format(
+        title=f"{html.escape(headline)} | dotproxy",
+        icon=ICON.replace("COLOUR", ICON_COLOURS[kind]),
+        style=STYLE,
+        main="\n".join(parts),
+        script=SCRIPT,
+    )
+
+
+class AdminPages:
+    """What there is to see: each page is a function of the Accept header."""
+
+    HTML = "text/html; charset=utf-8"
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        proxy: Proxy,
+        timer: Timer,
+        is_turning: Callable[[float], bool],
+        *,
+        listen: str,
+        cache_limit: int,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """Prepare; `is_turning` tells whether the servers' loops have turned lately."""
+        self._metrics = metrics
+        self._proxy = proxy
+        self._timer = timer
+        self._is_turning = is_turning
+        self._listen = listen
+        self._cache_limit = cache_limit
+        self._clock = clock
+        self._wall = wall
+        self._history = History()
+        self.by_path: dict[str, Callable[[str], Page]] = {
+            "/": self._show_status,
+            "/metrics": self._show_metrics,
+            "/health": self._show_health,
+            "/ready": self._show_ready,
+            "/grafana.json": self._show_dashboard,
+        }
+
+    def take_reading(self) -> None:
+        """Add to the history, now and from now on; the timer calls it again."""
+        now = self._clock()
+        self._history.add(self._metrics.samples(), now)
+        self._timer.at(now + History.PERIOD, self.take_reading)
+
+    def _show_status(self, _: str) -> Page:
+        now = self._clock()
+        status = Status(
+            figures=Figures(self._metrics.samples()),
+            window=self._history.window(),
+            standings=self._proxy.standings(),
+            turning=self._is_turning(now),
+            trouble=self._proxy.trouble(),
+            listen=self._listen,
+            cache_limit=self._cache_limit,
+            now=now,
+            wall=self._wall(),
+        )
+        return Page(draw_page(status), self.HTML, policy=STATUS_POLICY)
+
+    def _show_metrics(self, accept: str) -> Page:
+        kind, text = self._metrics.write(accept)
+        return Page(text, kind)
+
+    def _show_health(self, _: str) -> Page:
+        turning = self._is_turning(self._clock())
+        return Page("OK\n") if turning else Page(f"{STUCK}\n", status=503)
+
+    def _show_ready(self, _: str) -> Page:
+        trouble = self._proxy.trouble()
+        return Page(f"{trouble}\n", status=503) if trouble else Page("OK\n")
+
+    def _show_dashboard(self, _: str) -> Page:
+        return Page(json.dumps(build_dashboard(), indent=1), "application/json")
+
+
 # ---- Host: privileges, descriptors, systemd ------------------------------------------
 # What the system lends a process: a user, descriptors, sockets, a supervisor. Nothing
 # of DNS.
@@ -7703,8 +8624,9 @@ def add_admin_options(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=DEFAULT_ADMIN,
         type=parse_admin,
-        help="serve metrics, probes and a Grafana dashboard over HTTP here; a port "
-        "alone is one of 127.0.0.1, nothing at all is 127.0.0.1:9153 (default: off)",
+        help="serve a status page, metrics, probes and a Grafana dashboard over HTTP "
+        "here; a port alone is one of 127.0.0.1, nothing at all is 127.0.0.1:9153 "
+        "(default: off)",
     )
 
 
@@ -8726,36 +9648,19 @@ class Daemon:
         thread.start()
 
     def _bind_admin(self, address: Address) -> AdminServer:
-        pages: dict[str, Callable[[str], Page]] = {
-            "/metrics": self._show_metrics,
-            "/health": self._show_health,
-            "/ready": self._show_ready,
-            "/grafana.json": lambda _: Page(
-                json.dumps(build_dashboard(), indent=1), "application/json"
-            ),
-        }
-        listing = "".join(f"{path}\n" for path in pages)
-        pages["/"] = lambda _: Page(listing)
+        pages = AdminPages(
+            *(self._metrics, self._proxy, self._timer, self.is_turning),
+            listen=describe_servers(self.servers),
+            cache_limit=self._config.cache_size,
+        )
+        self._timer.at(0.0, pages.take_reading)  # as soon as it runs
         try:
-            return AdminServer(address, pages)
+            return AdminServer(address, pages.by_path)
         except OSError as error:
             for server in self.servers:
                 server.server_close()
             text = describe_bind_error(error, address, "--admin")
             raise ConfigError(text, status=1) from error
-
-    def _show_metrics(self, accept: str) -> Page:
-        kind, text = self._metrics.write(accept)
-        return Page(text, kind)
-
-    def _show_health(self, _: str) -> Page:
-        if self.is_turning(time.monotonic()):
-            return Page("OK\n")
-        return Page(f"a server has not moved for {self.STUCK:g} s\n", status=503)
-
-    def _show_ready(self, _: str) -> Page:
-        trouble = self._proxy.trouble()
-        return Page(f"{trouble}\n", status=503) if trouble else Page("OK\n")
 
     def _bind(self, address: Address) -> tuple[TCPServer, UDPServer]:
         admission, proxy = self._admission, self._proxy

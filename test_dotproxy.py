@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
 import collections
 import contextlib
 import errno
 import functools
 import gc
 import grp
+import hashlib
 import heapq
+import html.parser
 import http.client
 import importlib
 import io
@@ -10001,18 +10004,55 @@ class AdminPageTest(DotproxyTestCase):
             kind = answer.getheader("Content-Type") or ""
             return answer.status, kind, answer.read().decode()
 
-    def test_root_lists_pages_that_there_are(self) -> None:
+    def test_root_links_to_pages_that_there_are(self) -> None:
         with serving(answer, "--admin=0") as served:
             served.upstream.wait_for(lambda u: u.handshakes == 1)
-            _, _, listing = self.get(served, "/")
             wait_until(lambda: self.get(served, "/ready")[0] == 200)
-            for path in listing.split():
-                with self.subTest(path):
-                    self.assertEqual(self.get(served, path)[0], 200)
+            _, kind, page = self.get(served, "/")
+            links = set(re.findall(r'<a href="(.*?)">', page))
+            statuses = [self.get(served, f"/{link}")[0] for link in links]
 
-        self.assertEqual(
-            set(listing.split()), {"/metrics", "/health", "/ready", "/grafana.json"}
+        self.assertEqual(kind, "text/html; charset=utf-8")
+        self.assertEqual(links, {"metrics", "health", "ready", "grafana.json"})
+        self.assertEqual(statuses, [200] * 4)
+
+    def test_status_page_has_neither_client_nor_name(self) -> None:
+        options = answer, "--admin=0"
+        with serving(*options) as served, UDPClient(served.address) as client:
+            client.send(query("secret.example"))
+            client.receive()
+            claim = '<dd><data value="1">1</data>'
+            wait_until(lambda: claim in self.get(served, "/")[2])
+            page = self.get(served, "/")[2]
+            host, port = served.address
+        page = page.replace(f"{host}:{port}", "").replace(
+            f"{host}:{served.upstream.port}", ""
         )
+
+        self.assertNotIn("secret", page)
+        self.assertNotIn(host, page)
+
+    def test_readings_are_taken_while_it_runs(self) -> None:
+        with mock.patch.object(dotproxy.History, "PERIOD", 0.01), serving(
+            answer, "--admin=0"
+        ) as served:
+            claim = "<dt>Queries per second</dt><dd>0<"  # known from the second on
+            wait_until(lambda: claim in self.get(served, "/")[2])
+
+    def test_head_of_the_status_page_has_its_policy(self) -> None:
+        with serving(answer, "--admin=0") as served:
+            admin = served.daemon.admin
+            assert admin is not None
+            client = http.client.HTTPConnection(LOCALHOST, admin.server_port, timeout=5)
+            with contextlib.closing(client):
+                client.request("HEAD", "/")
+                head = client.getresponse()
+                body = head.read()
+
+        self.assertEqual((head.status, body), (200, b""))
+        self.assertGreater(int(head.headers["Content-Length"]), 10_000)
+        policy = head.headers["Content-Security-Policy"]
+        self.assertEqual(policy, dotproxy.STATUS_POLICY)
 
     def test_metrics_come_in_the_format_that_was_asked_for(self) -> None:
         with serving(answer, "--admin=0") as served:
@@ -10099,6 +10139,395 @@ class AdminPageTest(DotproxyTestCase):
 
         self.assertEqual(status, 503)
         self.assertIn(trouble, text)
+
+
+# ---- Status page ---------------------------------------------------------------------
+
+
+def counts(
+    cache: int = 0, upstream: int = 0, place: int = 0, cpu: float = 0.0
+) -> list[dotproxy.Sample]:
+    """Make samples of so many answers, all in one bucket of their duration."""
+    duration = dotproxy.Histogram(dotproxy.LATENCIES)
+    duration.counts[place] += cache + upstream
+    return [
+        ("dotproxy_dns_responses_total", ("NOERROR", "cache"), cache),
+        ("dotproxy_dns_responses_total", ("NOERROR", "upstream"), upstream),
+        ("dotproxy_cache_hits_total", (), cache),
+        ("dotproxy_cache_misses_total", (), upstream),
+        ("dotproxy_dns_request_duration_seconds", ("cache",), duration),
+        ("process_cpu_seconds_total", (), cpu),
+    ]
+
+
+def history(readings: Iterable[list[dotproxy.Sample]]) -> dotproxy.History:
+    """Make a history of one reading each period."""
+    made = dotproxy.History()
+    for number, samples in enumerate(readings):
+        made.add(samples, number * made.PERIOD)
+    return made
+
+
+class HistoryTest(DotproxyTestCase):
+    def test_nothing_is_shown_before_the_second_reading(self) -> None:
+        for readings in ([], [counts()]):
+            window = history(readings).window()
+            self.assertEqual((window.span, window.changes), (600.0, []))
+            self.assertIsNone(window.latest)
+
+    def test_change_is_what_happened_between_two_readings(self) -> None:
+        window = history([counts(100, 50), counts(130, 60, cpu=2.5)]).window()
+        (change,) = window.changes
+
+        self.assertEqual(change.rates, [3.0, 0.0, 1.0, 0.0])
+        self.assertEqual((change.hit_ratio, change.seconds), (0.75, 10.0))
+        self.assertEqual(change.cpu, 2.5)
+
+    def test_change_has_the_percentiles_of_its_own_time(self) -> None:
+        slow, fast = counts(100, place=9), counts(300, place=3)
+        both = [
+            (name, ("upstream",), value)
+            for name, _, value in slow
+            if isinstance(value, dotproxy.Histogram)
+        ]
+        (change,) = history([slow, [*fast, *both]]).window().changes
+
+        self.assertEqual(change.buckets, [0, 0, 0, 300] + [0] * 13)
+        self.assertEqual(dotproxy.percentile(change.buckets, 0.5), 0.0015)
+
+    def test_idle_time_has_neither_ratio_nor_percentile(self) -> None:
+        (change,) = history([counts(100), counts(100)]).window().changes
+
+        self.assertEqual((sum(change.rates), change.hit_ratio), (0.0, None))
+        self.assertIsNone(dotproxy.percentile(change.buckets, 0.5))
+
+    def test_rate_is_by_the_time_that_has_passed(self) -> None:
+        made = dotproxy.History()
+        made.add(counts(), 0.0)
+        made.add(counts(600), 60.0)  # the process was stopped for a while
+
+        self.assertEqual(made.window().changes[0].rates[0], 10.0)
+
+    def test_latest_is_of_the_last_minute(self) -> None:
+        window = history([counts(n * n) for n in range(11)]).window()
+
+        assert window.latest is not None
+        self.assertEqual(window.latest.seconds, 60.0)
+        self.assertEqual(window.latest.rates[0], (100 - 16) / 60)
+
+    def test_an_hour_is_kept(self) -> None:
+        made = history(counts(n) for n in range(1000))
+
+        self.assertEqual(len(made._readings), made.PERIODS + 1)
+        self.assertEqual(made._readings[-1].number, 999)
+
+    def test_chart_spans_more_as_there_is_more(self) -> None:
+        for periods, span in (
+            *((1, 600.0), (60, 600.0), (61, 1800.0), (180, 1800.0)),
+            *((181, 3600.0), (360, 3600.0), (999, 3600.0)),
+        ):
+            with self.subTest(periods):
+                window = history(counts(n) for n in range(periods + 1)).window()
+                self.assertEqual(window.span, span)
+                self.assertLessEqual(len(window.changes), dotproxy.History.POINTS + 1)
+
+    def test_what_is_older_than_the_chart_is_not_shown(self) -> None:
+        made = dotproxy.History()
+        for now in (*range(0, 120, 10), 5000):  # stopped for more than an hour
+            made.add(counts(), now)
+        window = made.window()
+
+        self.assertEqual([change.at for change in window.changes], [5000])
+        self.assertEqual(window.points([1.0]), [(0.0, 1.0), (1.0, 1.0)])
+
+    def test_points_stay_where_they_are(self) -> None:
+        made = history(counts(n) for n in range(400))
+        before = {change.at for change in made.window().changes[1:-1]}
+
+        made.add(counts(400), 4000.0)
+
+        after = {change.at for change in made.window().changes}
+        self.assertLessEqual(before, after)
+
+    def test_points_are_within_the_chart(self) -> None:
+        for periods in (5, 100, 800):
+            window = history(counts(n) for n in range(periods)).window()
+            places = [x for x, _ in window.points([None] * len(window.changes))]
+            self.assertEqual((places, places[-1]), (sorted(places), 1.0))
+            self.assertGreaterEqual(places[0], 0.0)
+
+    def test_first_change_is_drawn_from_its_start(self) -> None:
+        window = history([counts(), counts(60)]).window()
+
+        self.assertEqual(window.points([0.5]), [(1 - 10 / 600, 0.5), (1.0, 0.5)])
+        self.assertEqual(window.points([]), [])
+
+    def test_percentile_lies_within_its_bucket(self) -> None:
+        buckets = [0] * (len(dotproxy.LATENCIES) + 1)
+        buckets[0], buckets[3], buckets[-1] = 50, 40, 10
+
+        self.assertEqual(dotproxy.percentile(buckets, 0.5), dotproxy.LATENCIES[0])
+        self.assertEqual(dotproxy.percentile(buckets, 0.7), 0.0015)
+        self.assertEqual(dotproxy.percentile(buckets, 0.99), dotproxy.LATENCIES[-1])
+
+
+class WritingTest(DotproxyTestCase):
+    def test_count_is_exact_for_programs(self) -> None:
+        for number, text in (
+            (0, "0"),
+            (9_999_999, "9,999,999"),
+            (12_345_678, "12.3\u202fM"),
+            (999_999_999_999, "1,000\u202fG"),
+            (10**21, "1,000,000\u202fP"),
+        ):
+            with self.subTest(number):
+                wanted = f'<data value="{number}">{text}</data>'
+                self.assertEqual(dotproxy.write_count(number), wanted)
+
+    def test_latency_is_no_more_exact_than_the_buckets(self) -> None:
+        for seconds, text in (
+            (None, dotproxy.NONE),
+            (0.0001, "&lt;\u202f0.25\u202fms"),
+            (0.00068, "0.68\u202fms"),
+            (0.0123, "12\u202fms"),
+            (0.9994, "999\u202fms"),
+            (0.9999, "1\u202fs"),
+            (9.0, "&gt;\u202f8\u202fs"),
+        ):
+            with self.subTest(seconds):
+                self.assertEqual(dotproxy.write_latency(seconds), text)
+
+    def test_rest_is_written_for_people(self) -> None:
+        for written, text in (
+            (dotproxy.write_size(None), dotproxy.NONE),
+            (dotproxy.write_size(32 << 20), "32\u202fMiB"),
+            (dotproxy.write_share(None), dotproxy.NONE),
+            (dotproxy.write_share(0.9876), "98.8\u202f%"),
+            (dotproxy.write_rate(0.05), "0.05"),
+            (dotproxy.write_rate(54321.0), "54,321"),
+            (dotproxy.write_rate(2e5), "200\u202fk"),
+            (dotproxy.write_age(-0.1), "0\u202fs"),
+            (dotproxy.write_age(59.9), "59\u202fs"),
+            (dotproxy.write_age(3599), "59\u202fmin"),
+            (dotproxy.write_age(7260), "2\u202fh 1\u202fmin"),
+            (dotproxy.write_age(90000), "1\u202fd 1\u202fh"),
+        ):
+            self.assertEqual(written, text)
+
+    def test_scale_ends_in_a_round_number(self) -> None:
+        for highest, top in (
+            *((0.0, 1.0), (0.2, 1.0), (1.0, 1.0), (1.1, 2.0), (29.0, 40.0)),
+            *((99.0, 100.0), (100.0, 100.0), (7e9, 8e9)),
+        ):
+            with self.subTest(highest):
+                self.assertEqual(dotproxy.even_levels(highest), [top, top / 2, 0.0])
+
+    def test_line_has_a_gap_where_nothing_is_known(self) -> None:
+        points = [(0.0, 0.0), (0.25, 1.0), (0.5, None), (1.0, 0.5)]
+
+        path = dotproxy.draw_line(points)
+
+        first = "M0.0 100.0h0L0.0 100.0L250.0 0.0"
+        self.assertEqual(path, f"{first}M1000.0 50.0h0L1000.0 50.0")
+
+
+class Outline(html.parser.HTMLParser):
+    """What a page consists of: its tags, attributes and text; all tags are closed."""
+
+    VOID = frozenset(("meta", "link", "path", "rect"))
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: collections.Counter[str] = collections.Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.text: dict[str, str] = collections.defaultdict(str)
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        if self._open:
+            raise ValueError(f"never closed: {self._open}")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID and self._open.pop() != tag:
+            raise ValueError(f"closed out of order: {tag}")
+
+    def handle_data(self, data: str) -> None:
+        for tag in {*self._open, "everything"}:
+            self.text[tag] += data
+
+
+class StatusPageTest(DotproxyTestCase):
+    NAMES = "192.0.2.1:853#dot.test", "192.0.2.2:853#dot.test"
+
+    def status(
+        self,
+        *states: str,
+        error: str = "timeout",
+        turning: bool = True,
+        trouble: str = "",
+    ) -> dotproxy.Status:
+        """Make the status of upstreams in these states, all up if none is given."""
+        standings = [
+            dotproxy.Standing(
+                name,
+                state,
+                error,
+                since=880.0 if state == "down" else None,
+                failed_at=990.0 if state == "down" else None,
+            )
+            for name, state in zip(self.NAMES, states or ("up", "up"))
+        ]
+        return dotproxy.Status(
+            figures=dotproxy.Figures(counts(30, 10)),
+            window=history([counts(), counts(30, 10)]).window(),
+            standings=standings,
+            turning=turning,
+            trouble=trouble,
+            listen="127.0.0.1:5353",
+            cache_limit=1 << 20,
+            now=1000.0,
+            wall=1_800_000_000.0,
+        )
+
+    def outline(self, status: dotproxy.Status) -> Outline:
+        return Outline(dotproxy.draw_page(status))
+
+    def test_headline_says_whether_it_serves(self) -> None:
+        outage = "no upstream has answered for 2\u202fmin"
+        for states, trouble, kind, headline in (
+            (("up", "up"), "", "good", "Serving: 2 of 2 upstreams up"),
+            (("up", "down"), "", "warn", "Serving: 1 of 2 upstreams up"),
+            (("up", "doubtful"), "", "warn", "Serving: 1 of 2 upstreams up"),
+            (("new", "new"), "x", "warn", "Starting: no upstream is"),
+            (("down", "down"), "", "warn", f"Serving from the cache alone: {outage}"),
+            (("down", "new"), "x", "bad", f"Not serving: {outage}"),
+                    ):
+            with self.subTest(headline, states=states):
+                status = self.status(*states, trouble=trouble)
+                self.assertEqual(dotproxy.describe_service(status)[0], kind)
+                found = self.outline(status).text
+                self.assertIn(headline, found["h1"])
+                self.assertIn(headline, found["title"])
+
+    def test_server_that_hangs_is_worse_than_any_upstream(self) -> None:
+        kind, headline, why = dotproxy.describe_service(self.status(turning=False))
+
+        self.assertEqual((kind, headline), ("bad", "Not serving"))
+        self.assertIn("has not moved", why)
+
+    def test_trouble_is_told_with_its_reason(self) -> None:
+        text = self.outline(self.status("up", "down", error="refused")).text["main"]
+
+        self.assertIn("192.0.2.2:853#dot.test: refused", text)
+        self.assertIn("down for 2\u202fmin", text)
+        self.assertIn("10\u202fs ago: refused", text)
+
+    def test_figures_are_those_of_the_samples(self) -> None:
+        outline = self.outline(self.status())
+
+        for value in ("40", "30", "10"):
+            self.assertIn(("value", value), outline.attributes)
+        self.assertIn("75\u202f%", outline.text["dd"])
+
+    def test_latencies_of_an_upstream_are_its_own(self) -> None:
+        name = "dotproxy_upstream_request_duration_seconds"
+        durations = [dotproxy.Histogram(dotproxy.LATENCIES) for _ in self.NAMES]
+        durations[0].observe_all([0.003] * 9)
+        durations[1].observe_all([0.3] * 9)
+        samples = [(name, (who,), d) for who, d in zip(self.NAMES, durations)]
+        status = self.status()._replace(figures=dotproxy.Figures(samples))
+
+        page = dotproxy.draw_page(status)
+
+        self.assertEqual(re.findall("<small>p95 (.*?)\u202f", page), ["3.9", "499"])
+
+    def test_certificate_that_ends_soon_is_marked(self) -> None:
+        for days, kind, text in (
+            (60.2, "good", "60 days"),
+            (13.0, "warn", "13 days"),
+            (1.5, "warn", "36 h"),
+            (-1.0, "bad", "expired"),
+        ):
+            with self.subTest(days):
+                found = dotproxy.describe_certificate(1e9 + days * 86400, 1e9)
+                self.assertEqual(found, (kind, text))
+
+    def test_what_others_say_is_escaped(self) -> None:
+        evil = "<script>alert(1)</script>\"'&"
+        plain = self.outline(self.status("up", "down"))
+        status = self.status("up", "down", error=evil)
+        status = status._replace(
+            listen=evil,
+            standings=[
+                each._replace(name=f"{number}#{evil}", domain=evil)
+                for number, each in enumerate(status.standings)
+            ],
+            figures=dotproxy.Figures(
+                [
+                    *counts(30, 10),
+                    ("dotproxy_dns_responses_total", (evil, "cache"), 5),
+                    ("dotproxy_pool_threads_busy", (evil,), 5),
+                ]
+            ),
+        )
+        found = self.outline(status)
+
+        self.assertEqual(found.tags["script"], plain.tags["script"])
+        self.assertEqual(set(found.attributes) & {("value", evil)}, set())
+        self.assertEqual(found.text["main"].count(evil), 10)
+
+    def test_nothing_comes_from_elsewhere(self) -> None:
+        outline = self.outline(self.status())
+        links = [v for name, v in outline.attributes if name in ("href", "src")]
+
+        self.assertEqual(outline.tags["img"] + outline.tags["iframe"], 0)
+        for link in links:
+            self.assertRegex(link, r"\A(data:image/svg\+xml,|[a-z.]+\Z)")
+        self.assertEqual([n for n, _ in outline.attributes if n.startswith("on")], [])
+        self.assertNotIn("style", dict(outline.attributes))  # the policy forbids it
+        self.assertNotIn("url(", dotproxy.STYLE)
+
+    def test_policy_allows_the_style_and_the_script_and_nothing_else(self) -> None:
+        text = self.outline(self.status()).text
+        policy = dict(
+            part.strip().split(" ", 1) for part in dotproxy.STATUS_POLICY.split(";")
+        )
+
+        for name in ("style", "script"):
+            digest = hashlib.sha256(text[name].encode()).digest()
+            wanted = f"'sha256-{base64.b64encode(digest).decode()}'"
+            self.assertEqual(policy.pop(f"{name}-src"), wanted)
+        self.assertEqual(policy.pop("connect-src"), "'self'")
+        self.assertEqual(policy.pop("img-src"), "data:")
+        self.assertEqual(set(policy.values()), {"'none'"})
+        self.assertLessEqual(
+            {"default-src", "base-uri", "form-action", "frame-ancestors"}, set(policy)
+        )
+
+    def test_reading_is_taken_each_period(self) -> None:
+        clock, proxy = Clock(), mock.Mock()
+        timer = ManualTimer(clock)
+        pages = dotproxy.AdminPages(
+            *(dotproxy.Metrics(), proxy, timer, lambda now: True),
+            listen="",
+            cache_limit=1,
+            clock=clock,
+        )
+        pages.take_reading()
+        timer.advance(30.1)
+
+        self.assertEqual(len(pages._history._readings), 4)
+
+    def test_every_source_has_a_colour(self) -> None:
+        for name in (*dotproxy.SOURCES, *dotproxy.PERCENTILES):
+            self.assertGreaterEqual(dotproxy.STYLE.count(f"--{name}: #"), 2, name)
+            self.assertRegex(dotproxy.STYLE, rf"\.(fill|line)-{name} {{")
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -11594,7 +12023,7 @@ class HouseStyleTest(DotproxyTestCase):
     # State that one lock guards, or that is decided together, stays in one place.
     LONG_CLASSES = frozenset(
         (
-            *("Cache", "Connection", "Daemon", "Dispatcher", "Proxy", "StreamHandler"),
+            *("Cache", "Connection", "Dispatcher", "Proxy", "StreamHandler"),
             "UpstreamGroup",
         )
     )
