@@ -2285,6 +2285,7 @@ HOSTILE_CHECKS: dict[str, Callable[[Target], None]] = {
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SCRAPE_SECONDS = 1
+BROWSED_MS = 12_000  # of the browser's time, which need not pass: two updates
 WATCHED_SECONDS = 15
 PROMETHEUS = """
 global: {{scrape_interval: {seconds}s, evaluation_interval: {seconds}s}}
@@ -2431,11 +2432,48 @@ def check_alerts(watcher: Monitored) -> None:
         watcher.expect_found(rule["name"], promql)
 
 
+def browse(url: str, *, width: int) -> tuple[str, str]:
+    """Open a page in a browser for a while; return what became of it, and its log."""
+    expect(bool(shutil.which("chromium")), "chromium is not installed")
+    with tempfile.TemporaryDirectory() as profile:
+        command = [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu"),
+            *("--disable-background-networking", "--disable-component-update"),
+            *("--disable-dev-shm-usage", "--disable-sync", "--no-first-run"),
+            f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {LOOPBACK}",
+            *(f"--user-data-dir={profile}", f"--window-size={width},844"),
+            *("--enable-logging=stderr", f"--virtual-time-budget={BROWSED_MS}"),
+            *("--dump-dom", url),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    expect(result.returncode == 0, result.stderr[-400:])
+    return result.stdout, result.stderr
+
+
+def check_status_page(watcher: Monitored) -> None:
+    """A browser shows what /metrics says, has updated it, and has no complaint."""
+    url = f"http://{LOOPBACK}:{watcher.admin_port}/"
+    for width in (390, 1280):
+        page, log = browse(url, width=width)
+        expect_match(r"<h1>.*Serving: 1 of 1 upstreams up", page)
+        expect_match(r"Half answered within</dt><dd>[^<]+\u202fm?s<small>", page)
+        lines = [line for line in log.splitlines() if "CONSOLE" in line]
+        complaints = [line for line in lines if url in line]  # not of its own pages
+        expect(not complaints, "; ".join(complaints))
+        shown = re.search(r'Queries answered</dt><dd><data value="(\d+)"', page)
+        pattern = r"^dotproxy_dns_responses_total{.*} (\d+)$"
+        text = fetch(watcher.admin_port, "/metrics")
+        counted = sum(map(int, re.findall(pattern, text, re.MULTILINE)))
+        number = int(shown[1]) if shown else 0
+        expect(number == counted > 0, f"{number} shown, {counted} counted")
+
+
 MONITOR_CHECKS: dict[str, Callable[[Monitored], None]] = {
     "every scrape succeeds": check_scraped,
     "as many queries are counted as dnsperf counts": check_counts,
     "promtool has nothing to say on the metrics": check_promtool_metrics,
     "every query of the dashboard finds something": check_dashboard,
+    "the status page works in a browser": check_status_page,
     "promtool accepts the alerts of the README": check_promtool_rules,
     "every alert has something to compare, and none fires": check_alerts,
 }
