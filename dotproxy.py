@@ -1344,7 +1344,7 @@ class Metrics(Observer):
         durations = self._durations
         with self._lock:
             self._labels[transport].update(tally)
-            self._sum_up_locked()
+            self._sum_up_locked(transport)
             durations[CACHE].observe(seconds, len(tally) - len(rest))
             for source in rest:
                 durations[source].observe(seconds)
@@ -1367,7 +1367,7 @@ class Metrics(Observer):
                     duration.sum += seconds
                 if source in (UPSTREAM, LOCAL):
                     self._misses += len(waiters)
-            self._sum_up_locked()
+            self._sum_up_locked(query.transport)  # the last one's: it will be its turn
 
     def turned_away(self, reason: str, number: int = 1) -> None:
         """Count them."""
@@ -1405,11 +1405,11 @@ class Metrics(Observer):
         versions = __version__, platform.python_version(), ssl.OPENSSL_VERSION
         yield "dotproxy_build_info", versions, 1
 
-    def _sum_up_locked(self) -> None:
-        for transport, labels in self._labels.items():
-            if len(labels) > self.MAX_LABELS:
-                self._counts.add(transport, labels)
-                labels.clear()
+    def _sum_up_locked(self, transport: Transport) -> None:
+        labels = self._labels[transport]
+        if len(labels) > self.MAX_LABELS:
+            self._counts.add(transport, labels)
+            labels.clear()
 
 
 # ---- Dashboard -----------------------------------------------------------------------
@@ -2739,7 +2739,7 @@ class LocalAnswers:
     (RFC 6303 section 3), and an SOA record where they say no, for clients to keep.
     """
 
-    TAIL = 5  # octets at the end of a name by which nearly all others are told apart
+    TAIL = 5  # octets at the end of a name, by which most others are told apart
     ANY_IN = PAIR.pack(TYPE_ANY, CLASS_IN)
     # RFC 8482 section 4.2: CPU "RFC8482", OS "".
     MINIMAL_ANY = positive_response({TYPE_HINFO: b"\7RFC8482\0"}, ANY_TTL)
@@ -2762,13 +2762,12 @@ class LocalAnswers:
 
         Where it is not, as for most, that costs 0.1 us.
         """
-        question, key = query.question, query.key
-        if question[-3] == TYPE_ANY and question[-4:] == self.ANY_IN and not stream:
-            return self.MINIMAL_ANY
-        end = len(question) - 4  # the key begins with the name in lower case
-        if key[end - self.TAIL : end] not in self._tails:
+        question = query.question
+        if question[-4 - self.TAIL : -4].lower() not in self._tails and question[-3] != TYPE_ANY:
             return None
-        name = key[:end]
+        if question[-4:] == self.ANY_IN and not stream:
+            return self.MINIMAL_ANY
+        name = query.key[: len(question) - 4]  # the key begins with it, in lower case
         for domain in lineage(name):
             if domain in self._exempt:
                 return None
@@ -4132,6 +4131,7 @@ class Upstream:
     MAX_CONNECTIONS = 4  # at once, dying ones included: one works, one hedges
     STUCK = 0.75  # s after which a dial may be overtaken by another
     QUICK = (0.75, 1.25)  # s to connect and to shake hands: a lost SYN is sent again
+    SAMPLES = 8  # latencies of a batch that count for its health: they are alike
     PATIENT = (3.0, 3.0)  # s; the first try and every fourth, for very long lines
 
     def __init__(self, endpoint: Endpoint, index: int) -> None:
@@ -4205,7 +4205,7 @@ class Upstream:
 
     def note_answers(self, latencies: Sequence[float]) -> None:
         """Note good answers and how long they took."""
-        self.health.answered(latencies)
+        self.health.answered(latencies[: self.SAMPLES])
         self.durations.observe_all(latencies)
 
     def note_opened(self, facts: TLSFacts) -> None:
@@ -4530,9 +4530,8 @@ class Fleet:
             if exchange.hedge is not None:
                 upstream.counts["hedges_won",] += exchange.hedge is connection
                 exchange.hedge = None  # the first answer counts
-            if exchange.refused_by:
-                for refuser in exchange.refused_by:
-                    refuser.health.doubtful = refuser is not upstream
+            for refuser in exchange.refused_by:
+                refuser.health.doubtful = refuser is not upstream
 
     def explain(self, exchange: Exchange, text: str) -> UpstreamError:
         """Say why an exchange fails: `text`, or what is wrong with the upstreams."""
@@ -5589,14 +5588,12 @@ class Proxy:
         ]
         finished = []
         with self._lock:
-            for exchange, result in results:
+            for exchange, (found, source) in results:
                 if not exchange.done:
-                    finished.append((self._finish_locked(exchange), result))
-        answered = [
-            self._answer(waiters, *result, now)
-            for waiters, result in finished
-            if waiters
-        ]
+                    waiters = self._finish_locked(exchange)
+                    if waiters:
+                        finished.append((waiters, found, source))
+        answered = [self._answer(*each, now) for each in finished]
         if answered:
             self.witness.later(answered, upstream, now)
 
