@@ -2763,7 +2763,8 @@ class LocalAnswers:
         Where it is not, as for most, that costs 0.1 us.
         """
         question = query.question
-        if question[-4 - self.TAIL : -4].lower() not in self._tails and question[-3] != TYPE_ANY:
+        tail = question[-4 - self.TAIL : -4].lower()
+        if tail not in self._tails and question[-3] != TYPE_ANY:
             return None
         if question[-4:] == self.ANY_IN and not stream:
             return self.MINIMAL_ANY
