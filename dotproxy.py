@@ -8751,7 +8751,8 @@ def describe_bind_error(
             5353: "a multicast DNS daemon, such as avahi-daemon or mDNSResponder",
         }.get(port, "another program")
         spare = {"--listen": 5354, "--admin": 9154}.get(option, 8853)
-        cure = f"stop it, or choose another port with {option} {host}:{spare}"
+        other = f"[{host}]:{spare}" if ":" in host else f"{host}:{spare}"
+        cure = f"stop it, or choose another port with {option} {other}"
         taken = f"port {port} is taken, probably by {holder}"
         return f"cannot listen on {where}: {taken}; {cure}"
     if error.errno in (errno.EACCES, errno.EPERM):

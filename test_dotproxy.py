@@ -10983,6 +10983,14 @@ class ConfigTest(DotproxyTestCase):
                 for word in (*words, "--listen"):
                     self.assertIn(word, text)
 
+    def test_bind_error_of_ipv6_proposes_an_address_that_parses(self) -> None:
+        error = OSError(errno.EADDRINUSE, "taken")
+
+        text = dotproxy.describe_bind_error(error, ("::1", 53))
+
+        proposed = text.rpartition(" ")[2]
+        self.assertEqual(dotproxy.parse_listen(proposed), ("::1", 5354))
+
     def test_bind_error_of_encrypted_clients_names_their_option(self) -> None:
         for number, words in (
             (errno.EADDRINUSE, ["port 853", "DNS-over-TLS server", "192.0.2.1:8853"]),
