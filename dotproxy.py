@@ -62,7 +62,6 @@ Threads
     timer         whatever has to happen later
     admin         accepts HTTP clients, ends those that take too long
     admin-*       pool: one per HTTP client, answers one request
-
     doctor-*      --doctor alone: one per upstream; visit-* reads its connection
     log           writes log lines to stderr; logger calls put them on its list
     querylog      makes and writes the lines of the query log, where there is one
@@ -73,9 +72,9 @@ Threads
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
 but for those of Line, StreamHandler and AdminServer, over system calls that do not
 wait, that of Output, held by the threads log and querylog while they write, and
-TLSChannel's, which is taken last of all, over memory alone: under StreamHandler's, so
-that what is encrypted in turn is sent in turn, and under TLSServer.turns)
-
+WorkerPool's, held while a thread is started, and TLSChannel's, which is taken last of
+all, over memory alone: under StreamHandler's, so that what is encrypted in turn is sent
+in turn, and under TLSServer.turns)
 
     Metrics._lock        what is counted of answers; copied under it, written without it
     Courier._lock        log lines, or query records, that wait to be written
@@ -101,6 +100,7 @@ that what is encrypted in turn is sent in turn, and under TLSServer.turns)
     operations are used. Nor has Routes: it does not change.
     Identity neither: its context is replaced as a whole, by the main thread, at SIGHUP.
     Nor History: its readings are a tuple that the timer replaces as a whole.
+    ProcessorBinding has none: two updates at once would at worst bind twice.
 """
 
 from __future__ import annotations
@@ -314,7 +314,6 @@ class Query:
         self.options = b""
         self.keepalive = self.padded = False
         self.refusal = 0
-        self.size = 0
 
 
 def end_of_question(message: bytes) -> int:
@@ -2008,6 +2007,8 @@ def kind_text(kind: bytes) -> tuple[str, str]:
 def mask_client(address: str, privacy: str, key: bytes) -> str:
     """Return what the log says of a client's address."""
     address = address.partition("%")[0]
+    if address.startswith("::ffff:") and "." in address:  # IPv6 only carries it
+        address = address[7:]
     if privacy == "none":
         return address
     if privacy == "hash":
@@ -2339,8 +2340,11 @@ def log_uncaught(arguments: threading.ExceptHookArgs) -> None:
 
 
 @contextlib.contextmanager
-def logging_to_stderr(level: str, style: str) -> Iterator[None]:
-    """Write the log to stderr, and all of it, within a bound, before the end."""
+def logging_to_stderr(level: str, style: str) -> Iterator[OperationalLog]:
+    """Write the log to stderr, and all of it, within a bound, before the end.
+
+    What is logged before the log is started waits for that, or for the end.
+    """
     journal = is_journal(2, os.environ)
     stamp = "" if journal else "%(asctime)s %(levelname)s "
     form = TextFormatter(f"{stamp}%(message)s", "%Y-%m-%dT%H:%M:%S%z")
@@ -2348,9 +2352,8 @@ def logging_to_stderr(level: str, style: str) -> Iterator[None]:
     log = OperationalLog(STDERR, formatter, journal=journal)
     logging.basicConfig(handlers=[log], level=level.upper())
     threading.excepthook = log_uncaught
-    log.start()
     try:
-        yield
+        yield log
     finally:
         logging.getLogger().removeHandler(log)
         log.close()
@@ -3016,19 +3019,33 @@ class WorkerPool:
         self._closed = False
 
     def submit(self, task: Callable[[], None]) -> bool:
-        """Have a thread run `task`; False when too many tasks wait. Never blocks."""
+        """Have a thread run `task`; False when too many tasks wait, or none can run.
+
+        Never blocks, but for the start of a thread.
+        """
         with self._lock:
             if self._closed or self._waiting >= self._backlog:
                 return False
             self._waiting += 1
             if self._waiting > self._idle and len(self._threads) < self._limit:
-                name = f"{self._name}-{next(self._numbers)}"
-                thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._threads.add(thread)
-                self._idle += 1
-                thread.start()
+                self._add_thread_locked()
+            if not self._threads:
+                self._waiting -= 1
+                return False
         self._tasks.put(task)
         return True
+
+    def _add_thread_locked(self) -> None:
+        """Start one more thread, where the system gives one."""
+        name = f"{self._name}-{next(self._numbers)}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._threads.add(thread)
+        self._idle += 1
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            self._idle -= 1
 
     def samples(self) -> Iterator[Sample]:
         """Return its metrics."""
@@ -6317,11 +6334,15 @@ class Clients:
         self._accepted: collections.Counter[str] = collections.Counter()
         self._connected: set[StreamHandler] = set()
         self._turned_away = 0
+        self._closed = False
 
     def enter(self, client: StreamHandler) -> None:
-        """Count a client in; its own thread calls this."""
+        """Count a client in; its own thread calls this. At the end it is dropped."""
         with self._lock:
             self._connected.add(client)
+            closed = self._closed
+        if closed:
+            client.drop()
 
     def leave(self, client: StreamHandler) -> None:
         """Count a client out; any thread may."""
@@ -6374,11 +6395,15 @@ class Clients:
                 del self._accepted[address]
 
     def drop_all(self) -> None:
-        """End all connections."""
+        """End all connections, those that are only accepted yet among them."""
         with self._lock:
+            self._closed = True
             clients = list(self._connected)
         for client in clients:
             client.drop()
+
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # at accept
 
 
 class TCPServer(socketserver.ThreadingTCPServer):
@@ -6437,7 +6462,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in SHORTAGES:
                 if self.clock() - self._short_at > self.CALM:
                     logger.warning("cannot accept: error=%s", error.strerror)
                 self._short_at = self.clock()
@@ -6808,6 +6833,15 @@ class AdminServer(http.server.ThreadingHTTPServer):
         set_v6_only(self.socket)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "dotproxy", self.server_address[1]
+
+    def get_request(self) -> tuple[socket.socket, Address]:
+        """Accept a client; where there is no descriptor for it, pause, do not spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                time.sleep(TCPServer.PAUSE)
+            raise
 
     def knows_host(self, host: str | None) -> bool:
         """Tell whether a Host header names this server; one on loopback is strict.
@@ -7399,8 +7433,9 @@ def chart_hits(window: Window) -> str:
 
 def describe_service(status: Status) -> tuple[str, str, str]:
     """Say whether it serves: good, warn or bad; a headline; and why, in plain text."""
-    states = collections.Counter(each.state for each in status.standings)
-    up, known = states["up"], len(status.standings)
+    general = [each for each in status.standings if not each.domain]
+    states = collections.Counter(each.state for each in general)
+    up, known = states["up"], len(general)
     troubled = [each for each in status.standings if each.state != "up"]
     why = "; ".join(f"{each.name}: {each.error}" for each in troubled[:2])
     if len(troubled) > 2:
@@ -7532,7 +7567,8 @@ def draw_upstream(standing: Standing, status: Status) -> str:
     )
     where, _, notes = html.escape(name).partition("#")
     if standing.domain:
-        notes += f", for {html.escape(standing.domain)} only"
+        comma = ", " if notes else ""
+        notes += f"{comma}for {html.escape(standing.domain)} only"
     row = f"<tr><td><strong>{where}</strong><small>{notes}</small></td>{row}</tr>"
     if standing.failed_at is None:
         return row
@@ -8821,7 +8857,8 @@ def count_descriptors(config: Config, listeners: int) -> int:
     groups = 1 + len({domain for domain, _ in config.route})
     connections = Upstream.MAX_CONNECTIONS * len(config.upstream + config.route)
     connections += Quarantine.MAX_ALONE * groups
-    return connections + listeners + DESCRIPTOR_RESERVE
+    admin = 1 + AdminServer.MAX_CLIENTS if config.admin else 0
+    return connections + listeners + admin + DESCRIPTOR_RESERVE
 
 
 def fit_descriptors(config: Config, listeners: int) -> Config:
@@ -9793,7 +9830,7 @@ def prepare(config: Config) -> tuple[Daemon, str]:
     return daemon, f"user={user} nofile={limit} umask={UMASK:03o}"
 
 
-def run(config: Config) -> int:
+def run(config: Config, log: OperationalLog) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     # Not a queue that the handlers fill: one that comes just before the main thread
     # waits for the queue's lock would not wake it.
@@ -9802,6 +9839,7 @@ def run(config: Config) -> int:
     signal.set_wakeup_fd(written)
     supervisor = Supervisor(os.environ)
     daemon, host = prepare(config)
+    log.start()
     actions: dict[int, Callable[[], None]] = {
         signal.SIGHUP: functools.partial(supervisor.reload, daemon.reload),
         signal.SIGUSR1: daemon.log_state,
@@ -9861,8 +9899,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if config.healthcheck:
             return run_health_check(config)
-        with logging_to_stderr(config.log_level, config.log_format):
-            return run_doctor(config) if config.doctor else run(config)
+        with logging_to_stderr(config.log_level, config.log_format) as log:
+            return run_doctor(config) if config.doctor else run(config, log)
     except ConfigError as error:
         print(f"dotproxy: {error}", file=sys.stderr)
         return error.status

@@ -2741,6 +2741,7 @@ class QueryLinesTest(DotproxyTestCase):
 
         self.assertEqual(len(names), 2)
         mask = dotproxy.mask_client
+        self.assertEqual(mask("::ffff:192.0.2.77", "prefix", b""), "192.0.2.0/24")
         self.assertNotEqual(
             mask("192.0.2.77", "hash", b"1"), mask("192.0.2.77", "hash", b"2")
         )
@@ -3058,6 +3059,18 @@ class WorkerPoolTest(DotproxyTestCase):
             pool.submit(lambda: names.put(threading.current_thread().name))
 
         self.assertEqual({names.get(timeout=5) for _ in range(20)}, {"worker-1"})
+
+    def test_task_is_refused_while_the_system_gives_no_thread(self) -> None:
+        pool, done = self.pool(1), threading.Event()
+
+        none = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError)
+        with none:
+            taken = [pool.submit(done.set) for _ in range(3)]
+
+        self.assertEqual(taken, [False] * 3)
+        self.assertFalse(done.is_set())
+        self.assertTrue(pool.submit(done.set))
+        self.assertTrue(done.wait(5))
 
     def test_task_beyond_the_backlog_is_refused(self) -> None:
         started, go_on = threading.Event(), threading.Event()
@@ -8411,6 +8424,14 @@ class ClientsTest(DotproxyTestCase):
 
         self.assertTrue(clients.accept("192.0.2.1"))
 
+    def test_client_that_comes_when_all_are_ended_is_ended_too(self) -> None:
+        clients, late = dotproxy.Clients(9, 9), self.handler("a", 1.0)
+        clients.drop_all()
+
+        clients.enter(late)
+
+        late.drop.assert_called_once_with()
+
     def test_addresses_without_clients_are_forgotten(self) -> None:
         clients = dotproxy.Clients(2, 1)
         for number in range(9):
@@ -8573,6 +8594,18 @@ class TCPServerTest(DotproxyTestCase):
 
         self.assertEqual(pause.call_args_list, [mock.call(served.tcp.PAUSE)] * 3)
         self.assertEqual(len(logged.output), 1)
+
+    def test_admin_server_pauses_as_well(self) -> None:
+        full = OSError(errno.EMFILE, "Too many open files")
+        server = dotproxy.AdminServer((LOCALHOST, 0), {})
+        self.addCleanup(server.server_close)
+        accept = mock.patch.object(
+            socketserver.TCPServer, "get_request", side_effect=full
+        )
+        with accept, mock.patch.object(time, "sleep") as pause:
+            self.assertRaises(OSError, server.get_request)
+
+        pause.assert_called_once_with(dotproxy.TCPServer.PAUSE)
 
     @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
     def test_bound_per_address_spares_the_other_addresses(self) -> None:
@@ -9325,6 +9358,12 @@ class DescriptorTest(DotproxyTestCase):
         get = mock.patch.object(resource, "getrlimit", lambda _: (soft, hard))
         with get, mock.patch.object(resource, "setrlimit", setrlimit):
             return dotproxy.raise_descriptor_limit(wanted), asked
+
+    def test_admin_server_and_its_clients_count(self) -> None:
+        plain = dotproxy.count_descriptors(configured(), 4)
+        more = dotproxy.count_descriptors(configured("--admin=127.0.0.1:9153"), 4)
+
+        self.assertEqual(more - plain, 1 + dotproxy.AdminServer.MAX_CLIENTS)
 
     def test_limit_is_raised_as_far_as_it_is_needed_and_may_be(self) -> None:
         unlimited = resource.RLIM_INFINITY
@@ -10398,6 +10437,17 @@ class StatusPageTest(DotproxyTestCase):
     def outline(self, status: dotproxy.Status) -> Outline:
         return Outline(dotproxy.draw_page(status))
 
+    def test_upstream_of_a_routed_domain_alone_is_not_serving(self) -> None:
+        status = self.status("down", "up", trouble="x")
+        down, up = status.standings
+        routed = up._replace(name="tcp://192.0.2.2:53", domain="lan")
+        status = status._replace(standings=[down, routed])
+
+        page = dotproxy.draw_page(status)
+
+        self.assertEqual(dotproxy.describe_service(status)[0], "bad")
+        self.assertIn("<small>for lan only</small>", page)
+
     def test_headline_says_whether_it_serves(self) -> None:
         outage = "no upstream has answered for 2\u202fmin"
         for states, trouble, kind, headline in (
@@ -10465,8 +10515,10 @@ class StatusPageTest(DotproxyTestCase):
         status = status._replace(
             listen=evil,
             standings=[
-                each._replace(name=f"{number}#{evil}", domain=evil)
-                for number, each in enumerate(status.standings)
+                each._replace(name=f"{number}#{evil}", domain=domain)
+                for number, (each, domain) in enumerate(
+                    zip(status.standings, (evil, ""))
+                )
             ],
             figures=dotproxy.Figures(
                 [
@@ -10480,7 +10532,7 @@ class StatusPageTest(DotproxyTestCase):
 
         self.assertEqual(found.tags["script"], plain.tags["script"])
         self.assertEqual(set(found.attributes) & {("value", evil)}, set())
-        self.assertEqual(found.text["main"].count(evil), 10)
+        self.assertEqual(found.text["main"].count(evil), 9)
 
     def test_nothing_comes_from_elsewhere(self) -> None:
         outline = self.outline(self.status())
