@@ -9,7 +9,7 @@ The path of a query
                                     Proxy.lookup: from the cache -> sendto, done   [udp]
                                     (or a special name: LocalAnswers.respond)
                                     WorkerPool.submit(the rest)    full -> drop
-                                    Observer.answered_at_once, Observer.turned_away
+                                    Witness.at_once: metrics and query log
       UDPHandler.handle             Proxy.resolve                               [worker]
         Proxy.resolve               join the same question in flight, or a new Exchange
         Routes.send                 the upstreams that the name is asked of
@@ -22,7 +22,7 @@ The path of a query
         Proxy.complete              once: RebindingGuard.screen where it is wanted,
                                     Cache.put, and an answer for all who wait
         reply                       sendto; never blocks
-        Observer.answered           once for all who were answered
+        Witness.later               metrics and query log, once for all these answers
       Timer                         hedge, retry, stale answer, SERVFAIL at the deadline
 
     TCP clients enter at the same lookup and resolve, from StreamHandler, with another
