@@ -2237,9 +2237,14 @@ class JSONQueryLines(QueryLines):
 
 
 def open_log(path: str) -> Output:
-    """Open a file to append to; raises OSError."""
+    """Open a file to append to; raises OSError. A new one is for its group as well."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    return Output(os.open(path, flags, 0o640))
+    try:
+        opened = os.open(path, flags | os.O_EXCL, 0o640)
+        os.fchmod(opened, 0o640)  # whatever the umask is, which changes after the start
+    except FileExistsError:
+        opened = os.open(path, flags, 0o640)
+    return Output(opened)
 
 
 class QueryLog:

@@ -2838,6 +2838,13 @@ class QueryLogTest(DotproxyTestCase):
         self.assertEqual(self.lines(), 6)
         self.assertEqual(os.stat(self.path).st_mode & 0o137, 0)
 
+    def test_new_file_is_for_its_group_whatever_the_umask(self) -> None:
+        self.addCleanup(os.umask, os.umask(0o077))
+
+        self.open().close()
+
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o640)
+
     def test_what_finds_no_room_is_counted_and_told_once_a_minute(self) -> None:
         log = self.open()
         with self.assertLogs(dotproxy.logger) as logged:
