@@ -9007,19 +9007,35 @@ def examine_address(address: Address, given: bool) -> Finding:
     return Finding(check, OK, "free for UDP and TCP")
 
 
-def examine_tls_address(address: Address) -> Finding:
-    """Tell whether encrypted clients can be served on an address."""
+def examine_stream_address(address: Address, use: str, option: str) -> Finding:
+    """Tell whether streams can be served on an address that an option names."""
     host, port = address
     check = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     error = try_to_bind(address, socket.SOCK_STREAM)
     if error is None:
-        return Finding(check, OK, "free for TLS")
+        return Finding(check, OK, f"free for {use}")
     holders = find_holders(address, "tcp")
     if any(holder.startswith("dotproxy") for holder in holders):
         return Finding(check, OK, f"held by {', '.join(holders)}, which runs")
-    text = describe_bind_error(error, address, "--tls-listen")
+    text = describe_bind_error(error, address, option)
     detail, _, cure = text.partition(": ")[2].partition("; ")
     return Finding(check, FAIL, ", ".join([detail, *holders]), cure)
+
+
+def examine_parts(config: Config) -> list[Finding]:
+    """Tell what else the options ask for that the proxy could not start with."""
+    findings = []
+    for check, wanted, make in (
+        ("own certificate", config.tls_cert, lambda: load_identity(config)),
+        ("private answers", config.allow_private, lambda: make_guard(config, ())),
+    ):
+        try:
+            make()
+            findings += [Finding(check, OK, "can be used")] if wanted else []
+        except ConfigError as error:
+            detail, _, cure = str(error).replace(": give", "; give").partition("; ")
+            findings.append(Finding(check, FAIL, detail, cure))
+    return findings
 
 
 def examine_descriptors(config: Config, limit: int) -> Finding:
@@ -9530,7 +9546,11 @@ def examine(
     """Examine this host and every upstream; blocks for about ten seconds at most."""
     host = describe_host(config)
     host += [examine_address(address, config.listen_given) for address in config.listen]
-    host += [examine_tls_address(address) for address in config.tls_listen]
+    for address in config.tls_listen:
+        host.append(examine_stream_address(address, "TLS", "--tls-listen"))
+    if config.admin:
+        host.append(examine_stream_address(config.admin, "HTTP", "--admin"))
+    host += examine_parts(config)
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # hard: it takes that
     host += [examine_user(config.user), examine_descriptors(config, limit)]
     examinations: list[Examination] = []

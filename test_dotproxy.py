@@ -11175,6 +11175,18 @@ class HostExaminationTest(DotproxyTestCase):
                 self.assertIn(text, finding.detail)
                 self.assertEqual(bool(finding.cure), result != OK)
 
+    def test_parts_that_cannot_be_made_fail_with_their_cure(self) -> None:
+        for arguments, check, cure in (
+            (["--tls-listen=127.0.0.1:0"], "own certificate", "give --tls-cert"),
+            (["--tls-cert=/nonexistent"], "own certificate", "give --tls-listen"),
+            (["--allow-private=lan"], "private answers", "give --block-private"),
+        ):
+            with self.subTest(arguments):
+                (found,) = dotproxy.examine_parts(configured(*arguments))
+                self.assertEqual((found.check, found.result), (check, FAIL))
+                self.assertIn(cure, found.cure)
+        self.assertEqual(dotproxy.examine_parts(configured()), [])
+
     def test_authorities_are_counted_with_where_they_are_from(self) -> None:
         finding = dotproxy.examine_authorities(dotproxy.Trust(PKI.ca))
 
@@ -11216,11 +11228,17 @@ class HostExaminationTest(DotproxyTestCase):
     def test_address_for_encrypted_clients_is_examined(self) -> None:
         with socket.create_server((LOCALHOST, 0)) as holder:
             address = holder.getsockname()
-            taken = dotproxy.examine_tls_address(address)
+            taken = dotproxy.examine_stream_address(
+            address, "TLS", "--tls-listen"
+        )
             ours = mock.patch.object(dotproxy, "find_holders", lambda *_: ["dotproxy"])
             with ours:
-                running = dotproxy.examine_tls_address(address)
-        free = dotproxy.examine_tls_address(address)
+                running = dotproxy.examine_stream_address(
+            address, "TLS", "--tls-listen"
+        )
+        free = dotproxy.examine_stream_address(
+            address, "TLS", "--tls-listen"
+        )
 
         results = [finding.result for finding in (taken, running, free)]
         self.assertEqual(results, [FAIL, OK, OK])
