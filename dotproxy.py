@@ -1966,7 +1966,7 @@ Given = tuple[bytes, bytes, "tuple[str, int]"]  # a query, its answer and its cl
 PRIVACY = ("none", "prefix", "hash", "no-names")
 CLASS_NAMES = {1: "IN", 3: "CH", 4: "HS", 254: "NONE", 255: "ANY"}
 OPCODE_NAMES = {0: "QUERY", 1: "IQUERY", 2: "STATUS", 4: "NOTIFY", 5: "UPDATE"}
-FLAG_NAMES = {0x0400: "AA", TC: "TC", RD: "RD", RA: "RA", AD: "AD", CD: "CD"}
+FLAG_NAMES = {AA: "AA", TC: "TC", RD: "RD", RA: "RA", AD: "AD", CD: "CD"}
 TRANSPORTS = {
     "udp": '"network.transport":"udp","labels.proto":"udp"',
     "tcp": '"network.transport":"tcp","labels.proto":"tcp"',
@@ -2035,9 +2035,9 @@ def addresses_in(answer: bytes, offset: int) -> list[str]:
         offset = offset + 2 if compressed else skip_name(answer, offset)
         rrtype, _, _, length = RECORD.unpack_from(answer, offset)
         offset += 10 + length
-        if rrtype == 1 and length == 4:
+        if rrtype == TYPE_A and length == 4:
             found.append(socket.inet_ntoa(answer[offset - 4 : offset]))
-        elif rrtype == 28 and length == 16:
+        elif rrtype == TYPE_AAAA and length == 16:
             address = answer[offset - 16 : offset]
             found.append(socket.inet_ntop(socket.AF_INET6, address))
     return found
@@ -3103,6 +3103,11 @@ class WorkerPool:
 # connections.
 
 
+def write_address(host: str, port: int) -> str:
+    """Write an address and a port as people do: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Endpoint(NamedTuple):
     """An upstream's address and the name that its certificate has to prove.
 
@@ -3114,8 +3119,7 @@ class Endpoint(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        where = f"{host}:{self.port}"
+        where = write_address(self.host, self.port)
         return f"{where}#{self.name}" if self.name else f"tcp://{where}"
 
 
@@ -8102,7 +8106,7 @@ def check_health(
 ) -> Checkup:
     """Ask the proxy that listens here, over UDP; blocks for so many seconds at most."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-    where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    where = write_address(host, address[1])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     ident, start = os.urandom(2), clock()
     query = ident + HEADER.pack(0, RD, 1, 0, 0, 1)[2:] + ROOT_QUESTION + HEALTH_OPT
@@ -8784,7 +8788,7 @@ def describe_bind_error(
 ) -> str:
     """Say why an address cannot be listened on, and how to mend it."""
     host, port = address
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = write_address(host, port)
     if error.errno == errno.EADDRINUSE:
         holder = {
             53: "another DNS server, such as systemd-resolved or dnsmasq",
@@ -8792,7 +8796,7 @@ def describe_bind_error(
             5353: "a multicast DNS daemon, such as avahi-daemon or mDNSResponder",
         }.get(port, "another program")
         spare = {"--listen": 5354, "--admin": 9154}.get(option, 8853)
-        other = f"[{host}]:{spare}" if ":" in host else f"{host}:{spare}"
+        other = write_address(host, spare)
         cure = f"stop it, or choose another port with {option} {other}"
         taken = f"port {port} is taken, probably by {holder}"
         return f"cannot listen on {where}: {taken}; {cure}"
@@ -8853,7 +8857,7 @@ def describe_servers(servers: Iterable[socketserver.TCPServer]) -> str:
     found = []
     for server in servers:
         host, port = server.server_address[:2]
-        found.append(f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}")
+        found.append(write_address(str(host), port))
     return " ".join(dict.fromkeys(found))
 
 
@@ -8992,7 +8996,7 @@ def examine_holder(
 def examine_address(address: Address, given: bool) -> Finding:
     """Tell whether UDP and TCP can be served on an address."""
     host, port = address
-    check = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    check = write_address(host, port)
     for protocol, kind in (("udp", socket.SOCK_DGRAM), ("tcp", socket.SOCK_STREAM)):
         error = try_to_bind(address, kind)
         if error is None:
@@ -9010,7 +9014,7 @@ def examine_address(address: Address, given: bool) -> Finding:
 def examine_stream_address(address: Address, use: str, option: str) -> Finding:
     """Tell whether streams can be served on an address that an option names."""
     host, port = address
-    check = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    check = write_address(host, port)
     error = try_to_bind(address, socket.SOCK_STREAM)
     if error is None:
         return Finding(check, OK, f"free for {use}")
