@@ -95,6 +95,7 @@ QR, AA, TC, RD, RA, AD, CD = 0x8000, 0x0400, 0x0200, 0x0100, 0x0080, 0x0020, 0x0
 OPCODE_MASK, RCODE_MASK = 0x7800, 0x000F
 DO = 0x8000  # in the flags of the OPT record
 OPT = 41
+UDP, TCP, DOT = ("udp", "1"), ("tcp", "1"), ("dot", "1")  # transports over IPv4
 RRTYPES = {
     **{"A": 1, "NS": 2, "CNAME": 5, "SOA": 6, "PTR": 12, "MX": 15, "TXT": 16},
     **{"AAAA": 28, "SRV": 33, "DS": 43, "RRSIG": 46, "NSEC": 47, "DNSKEY": 48},
@@ -1318,7 +1319,7 @@ def parsed_response(message: bytes, asked: bytes | None = None) -> dotproxy.Resp
 
 def answer_to(asked: bytes, message: bytes, stream: bool = False) -> Message:
     """Return what the client that asked gets of an upstream's response."""
-    received = dotproxy.parse_query(asked, stream)
+    received = dotproxy.parse_query(asked, TCP if stream else UDP)
     return parse(dotproxy.build_answer(received, parsed_response(message, asked)))
 
 
@@ -1373,7 +1374,7 @@ class QueryParsingTest(DotproxyTestCase):
             ("plain", query(), Rcode.NOERROR),
         ):
             with self.subTest(name):
-                self.assertEqual(dotproxy.parse_query(message).refusal, refusal)
+                self.assertEqual(dotproxy.parse_query(message).form.refusal, refusal)
 
     def test_unknown_things_pass(self) -> None:
         for name, message in {
@@ -1396,7 +1397,7 @@ class QueryParsingTest(DotproxyTestCase):
         }.items():
             with self.subTest(name):
                 asked = dotproxy.parse_query(message)
-                self.assertEqual(asked.refusal, 0)
+                self.assertEqual(asked.form.refusal, 0)
                 self.assertEqual(asked.question, parse(message).question)
 
     def test_limit_is_what_the_client_takes_within_bounds(self) -> None:
@@ -1412,8 +1413,8 @@ class QueryParsingTest(DotproxyTestCase):
         ):
             with self.subTest(size=size, stream=stream):
                 message = query() if size is None else query(do=False, size=size)
-                asked = dotproxy.parse_query(message, stream)
-                self.assertEqual(asked.limit, limit)
+                asked = dotproxy.parse_query(message, TCP if stream else UDP)
+                self.assertEqual(asked.form.limit, limit)
 
     def test_random_damage_gives_a_query_or_a_format_error(self) -> None:
         good = [
@@ -1433,10 +1434,10 @@ class QueryParsingTest(DotproxyTestCase):
 
     def check_accepted(self, message: bytes, asked: dotproxy.Query) -> bool:
         """Check against the tests' own parser, but for records that are not used."""
-        if not asked.refusal and message[11] <= asked.edns:
+        if not asked.form.refusal and message[11] <= asked.form.edns:
             theirs = parse(message)
             self.assertEqual(asked.question, theirs.question, message.hex())
-            self.assertEqual(asked.edns, theirs.opt is not None, message.hex())
+            self.assertEqual(asked.form.edns, theirs.opt is not None, message.hex())
         parse(b"\0\0" + dotproxy.build_upstream_query(asked))
         error = dotproxy.error_response(Rcode.SERVFAIL)
         parse(dotproxy.build_answer(asked, error))
@@ -1583,8 +1584,8 @@ class UpstreamQueryTest(DotproxyTestCase):
         for size in (0, 512, 32000, room - 200, room - 100, room):
             message = query(do=True, options=option(UNKNOWN_OPTION, bytes(size)))
             with self.subTest(size=size), contextlib.suppress(FormatError):
-                asked = dotproxy.parse_query(message, stream=True)
-                if not asked.refusal:
+                asked = dotproxy.parse_query(message, TCP)
+                if not asked.form.refusal:
                     sent = dotproxy.build_upstream_query(asked)
                     self.assertLessEqual(2 + len(sent), 65535)
 
@@ -1896,7 +1897,7 @@ class PaddingTest(DotproxyTestCase):
     def answer(
         self, asked: bytes, message: bytes, *, encrypted: bool = True
     ) -> Message:
-        received = dotproxy.parse_query(asked, True, encrypted)
+        received = dotproxy.parse_query(asked, DOT if encrypted else TCP)
         return parse(dotproxy.build_answer(received, parsed_response(message, asked)))
 
     def padding(self, got: Message) -> int | None:
@@ -1933,7 +1934,7 @@ class PaddingTest(DotproxyTestCase):
         room = 65535 - len(response(self.PADDED, record("a", "TXT", b"")))
         for size in range(room - 500, room + 5):
             message = response(self.PADDED, record("a", "TXT", bytes(size)), edns=False)
-            received = dotproxy.parse_query(self.PADDED, True, True)
+            received = dotproxy.parse_query(self.PADDED, DOT)
             answer = dotproxy.build_answer(
                 received, parsed_response(message, self.PADDED)
             )
@@ -1955,7 +1956,7 @@ class PaddingTest(DotproxyTestCase):
         self.assertEqual((codes, len(got.raw)), ([EDE, KEEPALIVE, PADDING], 468))
 
     def test_error_of_our_own_is_padded(self) -> None:
-        received = dotproxy.parse_query(self.PADDED, True, True)
+        received = dotproxy.parse_query(self.PADDED, DOT)
         for rcode in (Rcode.SERVFAIL, Rcode.REFUSED, Rcode.BADVERS):
             error = dotproxy.error_response(rcode, option(EDE, b"\0\0why"))
             got = parse(dotproxy.build_answer(received, error))
@@ -1963,10 +1964,10 @@ class PaddingTest(DotproxyTestCase):
                 self.assertEqual((got.rcode, len(got.raw)), (rcode, 468))
 
     def test_keys_are_those_of_a_query_without_padding(self) -> None:
-        padded = dotproxy.parse_query(self.PADDED, True, True)
+        padded = dotproxy.parse_query(self.PADDED, DOT)
         plain = dotproxy.parse_query(query(do=False))
 
-        self.assertTrue(padded.padded)
+        self.assertTrue(padded.form.padded)
         self.assertEqual((padded.key, padded.cache_key), (plain.key, plain.cache_key))
         self.assertEqual(
             dotproxy.build_upstream_query(padded), dotproxy.build_upstream_query(plain)
@@ -2024,7 +2025,9 @@ def sample(samples: Iterable[dotproxy.Sample], name: str, *labels: str) -> float
 def label(
     source: str = "cache", rrtype: int = 1, rcode: int = 0, do: bool = False
 ) -> dotproxy.Label:
-    return source, rrtype.to_bytes(2, "big"), rcode, do, 40, 300
+    form = dotproxy.Form(UDP)
+    form.edns_flags = DO * do
+    return source, form, rrtype.to_bytes(2, "big"), rcode, 40, 300
 
 
 FAMILIES = {family.name: family for each in dotproxy.TABLE.values() for family in each}
@@ -2122,19 +2125,23 @@ class MetricsTest(DotproxyTestCase):
     def value(self, name: str, *labels: str) -> float:
         return sample(self.metrics.samples(), name, *labels)
 
-    def waiter(
-        self, received: float = 1000.0, client: str = "192.0.2.1"
-    ) -> dotproxy.Waiter:
-        asked = dotproxy.parse_query(query(do=True))
+    def answered(
+        self,
+        rcode: int,
+        source: str,
+        received: float = 1000.0,
+        client: str = "192.0.2.1",
+    ) -> dotproxy.Answered:
+        transport = "tcp", "2" if ":" in client else "1"
+        asked = dotproxy.parse_query(query(do=True), transport)
         asked.received, asked.client = received, (client, 5353)
-        asked.transport = "tcp", "2" if ":" in client else "1"
         asked.answer = bytes(100)
-        return asked, lambda message: None
+        return asked, rcode, source
 
     def test_answers_at_once_are_counted_by_what_they_are(self) -> None:
         tally = [label(), label(), label("stale", 28), label("local", 999, 5, True)]
 
-        self.metrics.answered_at_once(("udp", "1"), tally, 0.001)
+        self.metrics.answered_at_once(tally, 0.001)
 
         for number, name, *labels in (
             (2, "dotproxy_dns_requests_total", "udp", "1", "A"),
@@ -2154,10 +2161,12 @@ class MetricsTest(DotproxyTestCase):
                 self.assertEqual(self.value(name, *labels), number)
 
     def test_answer_that_was_waited_for_counts_with_its_time(self) -> None:
-        waiters = [self.waiter(999.0), self.waiter(998.0, "2001:db8::1")]
-        answered = waiters, dotproxy.error_response(2), "upstream"
+        answered = [
+            self.answered(2, "upstream", 999.0),
+            self.answered(2, "upstream", 998.0, "2001:db8::1"),
+        ]
 
-        self.metrics.answered([answered], None, 1000.0)
+        self.metrics.answered(answered, None, 1000.0)
 
         found = {
             name: value
@@ -2173,28 +2182,26 @@ class MetricsTest(DotproxyTestCase):
         self.assertEqual(self.value("dotproxy_dns_do_requests_total"), 2)
 
     def test_answer_that_came_too_late_to_be_a_hit_is_no_miss(self) -> None:
-        answered = [self.waiter()], dotproxy.error_response(0), "cache"
-
-        self.metrics.answered([answered], None, 1000.0)
+        self.metrics.answered([self.answered(0, "cache")], None, 1000.0)
 
         self.assertEqual(self.value("dotproxy_cache_misses_total"), 0)
         self.assertEqual(self.value("dotproxy_cache_hits_total"), 1)
 
     def test_many_sorts_of_answer_take_no_more_room_and_none_is_lost(self) -> None:
         many = [
-            ("cache", b"\0\1", 0, False, size, 100)
+            ("cache", dotproxy.Form(UDP), b"\0\1", 0, size, 100)
             for size in range(3 * dotproxy.Metrics.MAX_LABELS)
         ]
 
         for each in many:
-            self.metrics.answered_at_once(("udp", "1"), [each], 0.0)
+            self.metrics.answered_at_once([each], 0.0)
 
         counted = self.value("dotproxy_dns_requests_total", "udp", "1", "A")
         self.assertEqual(counted, len(many))
         self.assertEqual(self.value("dotproxy_dns_request_size_bytes"), len(many))
 
     def test_looking_twice_counts_nothing_twice(self) -> None:
-        self.metrics.answered_at_once(("udp", "1"), [label()], 0.0)
+        self.metrics.answered_at_once([label()], 0.0)
         self.metrics.samples()
 
         self.assertEqual(self.value("dotproxy_cache_hits_total"), 1)
@@ -2208,14 +2215,14 @@ class MetricsTest(DotproxyTestCase):
 
     def test_query_that_could_not_be_parsed_was_turned_away(self) -> None:
         tally = [label("local", 0, 1), label("local", 0, 4), label("local", 0, 5)]
-        self.metrics.answered_at_once(("udp", "1"), tally, 0.0)
+        self.metrics.answered_at_once(tally, 0.0)
 
         self.assertEqual(self.value("dotproxy_turned_away_total", "format-error"), 2)
 
     def test_counts_by_many_threads_add_up(self) -> None:
         def count() -> None:
             for _ in range(500):
-                self.metrics.answered_at_once(("udp", "1"), [label(), label()], 0.0)
+                self.metrics.answered_at_once([label(), label()], 0.0)
                 self.metrics.turned_away("backlog")
 
         threads = [threading.Thread(target=count) for _ in range(8)]
@@ -4283,7 +4290,7 @@ class DispatcherTest(FleetTestCase):
     def carry_out(self, plan: Plan) -> Plan:
         for connection, sent in plan.sends.items():
             connection.send(sent, self.now)
-        for exchange, _ in plan.done:
+        for exchange, _, _ in plan.done:
             exchange.done = True
         return plan
 
@@ -4377,7 +4384,7 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.look(asked, 4.0)
 
-        self.assertEqual([exchange for exchange, _ in plan.done], asked)
+        self.assertEqual([exchange for exchange, _, _ in plan.done], asked)
 
     def test_servfail_asks_another(self) -> None:
         first, second = self.open_all(0.01, 0.02)
@@ -4484,7 +4491,7 @@ class DispatcherTest(FleetTestCase):
             self.assertFalse(done)
             for connection in self.alone():
                 self.opened(connection)
-                done += [exchange for exchange, _ in self.lose(connection).done]
+                done += [exchange for exchange, _, _ in self.lose(connection).done]
 
         self.assertEqual(done, asked)
 
@@ -4528,7 +4535,7 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.lose(self.last(self.upstreams[1]), "refused")
 
-        self.assertEqual([exchange for exchange, _ in plan.done], asked)
+        self.assertEqual([exchange for exchange, _, _ in plan.done], asked)
 
     def test_query_fails_at_once_while_all_are_down(self) -> None:
         self.first()
@@ -4537,7 +4544,7 @@ class DispatcherTest(FleetTestCase):
 
         asked, plan = self.first()
 
-        self.assertEqual([exchange for exchange, _ in plan.done], asked)
+        self.assertEqual([exchange for exchange, _, _ in plan.done], asked)
 
     def test_doubtful_upstream_is_probed_with_copies(self) -> None:
         first, second = self.open_all(0.01, 0.02)
@@ -4614,7 +4621,7 @@ class StubProxyTestCase(MemoryTestCase):
             batch.append((asked, self.reply))
         self.proxy.resolve(batch)
 
-    def reply(self, message: bytes) -> None:
+    def reply(self, message: bytes, client: object) -> None:
         self.answers.append(parse(message))
 
     @property
@@ -5183,7 +5190,7 @@ class Asker:
             self.send(self.fresh())
         return self.collect(count)
 
-    def _reply(self, name: str, sent: float, message: bytes) -> None:
+    def _reply(self, name: str, sent: float, message: bytes, client: object) -> None:
         elapsed = time.monotonic() - sent
         self._results.put(Result(name, parse(message), elapsed))
 
@@ -6152,7 +6159,8 @@ def local_answer(
 ) -> Message | None:
     """Return the answer that is given here, or None where the upstream is asked."""
     local = dotproxy.LocalAnswers([dotproxy.encode_domain(text) for text in exempt])
-    asked = dotproxy.parse_query(query(name, rrtype, rrclass=rrclass, do=do), stream)
+    message = query(name, rrtype, rrclass=rrclass, do=do)
+    asked = dotproxy.parse_query(message, TCP if stream else UDP)
     found = local.respond(asked, stream)
     return parse(dotproxy.build_answer(asked, found)) if found else None
 
@@ -6509,10 +6517,10 @@ class FakeGroup:
         waiting, self.waiting = self.waiting, []
         for exchange in waiting:
             if isinstance(build, UpstreamError):
-                self._complete([(exchange, build)])
+                self._complete([(exchange, build, 0.0)])
                 continue
             message = build(b"\0\0" + exchange.wire)
-            self._complete([(exchange, read_response(message))])
+            self._complete([(exchange, read_response(message), 0.0)])
 
     def answer(
         self,
@@ -6556,16 +6564,16 @@ class ProxyTestCase(DotproxyTestCase):
         """Ask as a server does; return where the answer is, or will be."""
         answers: list[Message] = []
         lookup = self.proxy.lookup_stream if stream else self.proxy.lookup
-        found = lookup(message, self.clock(), self.tally)
+        found = lookup(message, self.clock(), self.tally, TCP if stream else UDP)
         if isinstance(found, bytes):
             answers.append(parse(found))
-        else:
+        elif found is not None:
             reply = functools.partial(self.take, answers)
             self.proxy.resolve([(found, reply)])
         return answers
 
     @staticmethod
-    def take(answers: list[Message], message: bytes) -> None:
+    def take(answers: list[Message], message: bytes, client: object) -> None:
         answers.append(parse(message))
 
     def learn(self, *answers: bytes | str, ttl: int = 10) -> None:
@@ -6748,12 +6756,13 @@ class ProxyCacheTest(ProxyTestCase):
         self.assertEqual([answer.id for (answer,) in clients], list(range(200)))
 
     def test_client_whose_lookup_came_too_early_does_not_ask_again(self) -> None:
-        late = self.proxy.lookup(ASKED, self.clock(), [])
+        late = self.proxy.lookup(ASKED, self.clock(), [], UDP)
         assert isinstance(late, dotproxy.Query)
         self.learn()
         answers: list[bytes] = []
 
-        self.proxy.resolve([(late, answers.append)])  # a worker was busy meanwhile
+        # A worker was busy meanwhile.
+        self.proxy.resolve([(late, lambda message, _: answers.append(message))])
 
         self.assertEqual(self.group.sent, [])
         self.assertEqual([parse(each).addresses for each in answers], [["192.0.2.1"]])
@@ -7220,7 +7229,7 @@ class ProxyMetricsTest(ProxyTestCase):
         self.ask(query(rrtype="AXFR"))
 
         self.assertEqual(self.sources(), ["cache", "cache", "local", "local"])
-        self.assertEqual([each[2] for each in self.tally], [0, 0, 4, 5])
+        self.assertEqual([each[3] for each in self.tally], [0, 0, 4, 5])
 
     def test_size_and_type_are_told_the_same_for_every_hit(self) -> None:
         self.learn()
@@ -7229,7 +7238,7 @@ class ProxyMetricsTest(ProxyTestCase):
 
         self.assertEqual([each[5] for each in self.tally], sizes)
         self.assertEqual({each[4] for each in self.tally}, {len(ASKED)})
-        self.assertEqual({each[1] for each in self.tally}, {b"\0\1"})
+        self.assertEqual({each[2] for each in self.tally}, {b"\0\1"})
 
     def test_answer_that_was_waited_for_is_told_with_its_source(self) -> None:
         self.ask()
@@ -7736,11 +7745,12 @@ class OutageTest(DotproxyTestCase):
         """Return the addresses of the usual name, and how long that took."""
         start = time.monotonic()
         answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        found = self.proxy.lookup(ASKED, self.clock(), [])
+        found = self.proxy.lookup(ASKED, self.clock(), [], UDP)
         if isinstance(found, bytes):
             answers.put(found)
         else:
-            self.proxy.resolve([(found, answers.put)])
+            assert found is not None
+            self.proxy.resolve([(found, lambda message, _: answers.put(message))])
         addresses = parse(answers.get(timeout=5.0)).addresses
         return addresses, time.monotonic() - start
 
@@ -8253,10 +8263,10 @@ class TurningAwayTest(DotproxyTestCase):
             (LOCALHOST, 0), self.proxy, mock.Mock(), admission=admission, clock=Clock()
         )
         self.addCleanup(server.server_close)
-        batch: list[dotproxy.Datagram] = [(query(do=True), (host, 1), [])] * count
-        reply = mock.patch.object(server, "reply", lambda *a: self.sent.append(a[2]))
+        batch: list[dotproxy.Datagram] = [(query(do=True), (host, 1))] * count
+        reply = mock.patch.object(server, "reply", lambda *a: self.sent.append(a[0]))
         with reply:
-            server.process_request(batch, ("", 0))
+            server.process_request((batch, []), ("", 0))
 
     def test_stranger_is_refused_20_times_then_ignored(self) -> None:
         self.ask(dotproxy.Admission(), STRANGER, 30)
@@ -9857,7 +9867,7 @@ class HealthCheckTest(DotproxyTestCase):
             dotproxy.check_health(responder.address, 5.0)
 
         asked = dotproxy.parse_query(responder.asked)
-        self.assertEqual((asked.question, asked.edns), (b"\0\0\2\0\1", True))
+        self.assertEqual((asked.question, asked.form.edns), (b"\0\0\2\0\1", True))
         self.assertEqual(asked.cache_key, b"")
 
     def test_flood_of_other_messages_does_not_outlast_the_patience(self) -> None:
