@@ -4146,14 +4146,15 @@ class Health:
     """How an upstream has been doing: plain numbers, guarded by the group's lock."""
 
     OVERDUE_MIN, OVERDUE_MAX = 0.05, 1.0  # s; bounds of when an answer is overdue
-    GRACE = 1.5  # s; one that has worked may be restarting: queries wait so long
+    GRACE = 1.5  # s; one that was reached may be restarting: queries wait so long
     RETRY_MIN, RETRY_MAX = 0.5, 30.0  # s between attempts while it is down
-    RETRY_GRACE = 0.05  # s; first retry of one that worked a moment ago
+    RETRY_GRACE = 0.05  # s; first retry of one that was there a moment ago
     RETRY_SHARE = 0.05  # of the outage so far: back within 5 % of what it lasted
 
     def __init__(self) -> None:
         self.latency: float | None = None  # s, smoothed
         self.slow = self.OVERDUE_MIN  # s, about the 95th percentile
+        self.reached = False  # has ever taken a connection, or broken it off
         self.worked = False  # has ever answered
         self.doubtful = False  # took queries and has not answered since
         self.failures = 0  # connections in a row that did not open
@@ -4172,13 +4173,14 @@ class Health:
     def down(self, now: float) -> bool:
         """Tell whether to give up on it: failing, and not just for a moment."""
         since = self.failing_since
-        return since is not None and not (self.worked and now - since < self.GRACE)
+        return since is not None and not (self.reached and now - since < self.GRACE)
 
     def opened(self, round_trip: float) -> None:
         """Note a connection that opened, and the time of its TCP handshake."""
         doubtful = self.doubtful
         self.forgive()
         self.doubtful = doubtful
+        self.reached = True
         if self.latency is None:
             self.latency = round_trip
             self.slow = 3 * round_trip
@@ -4209,11 +4211,13 @@ class Health:
         self.failures += 1
         self.failed_at = now
         self.error = error
+        if error.cause == "reset":  # by a server that stops, as from its backlog
+            self.reached = True
         jitter = random.uniform(0.75, 1.0)
         outage = now - self.failing_since
         delay = min(max(self.RETRY_MIN, outage * self.RETRY_SHARE), self.RETRY_MAX)
         urgent = self.RETRY_MIN
-        if self.worked and outage < self.GRACE:
+        if self.reached and outage < self.GRACE:
             urgent = delay = min(
                 delay, self.RETRY_GRACE * 2 ** min(self.failures - 1, 8)
             )

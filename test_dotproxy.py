@@ -3821,12 +3821,12 @@ class IdleLifeTest(DotproxyTestCase):
 
 
 class HealthTest(DotproxyTestCase):
-    def failing(self, outage: float, *, worked: bool) -> list[float]:
+    def failing(self, outage: float, *, reached: bool) -> list[float]:
         """Return the delays from the last of some failures to the next attempt."""
         delays = []
         for _ in range(200):
             health = Health()
-            health.worked = worked
+            health.reached = reached
             health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
             health.failed(1000.0 + outage, 1000.0 + outage, health.error)
             delays.append(health.retry_at - 1000.0 - outage)
@@ -3862,25 +3862,25 @@ class HealthTest(DotproxyTestCase):
         self.assertAlmostEqual(health.latency or 0.0, 0.2)
 
     def test_first_retry_of_a_new_upstream_waits_half_a_second(self) -> None:
-        delays = self.failing(0.0, worked=False)
+        delays = self.failing(0.0, reached=False)
 
         self.assertGreaterEqual(min(delays), 0.75 * Health.RETRY_MIN)
         self.assertLessEqual(max(delays), Health.RETRY_MIN)
 
     def test_retries_have_jitter(self) -> None:
-        self.assertGreater(len(set(self.failing(0.0, worked=False))), 100)
+        self.assertGreater(len(set(self.failing(0.0, reached=False))), 100)
 
-    def test_first_retry_of_one_that_worked_is_at_once(self) -> None:
-        self.assertLessEqual(max(self.failing(0.0, worked=True)), 0.1)
+    def test_first_retry_of_one_that_was_reached_is_at_once(self) -> None:
+        self.assertLessEqual(max(self.failing(0.0, reached=True)), 0.1)
 
     def test_back_off_is_a_share_of_the_outage(self) -> None:
-        delays = self.failing(100.0, worked=True)
+        delays = self.failing(100.0, reached=True)
 
         self.assertGreaterEqual(min(delays), 0.75 * 5.0)
         self.assertLessEqual(max(delays), 5.0)
 
     def test_back_off_has_a_limit(self) -> None:
-        self.assertLessEqual(max(self.failing(1e6, worked=True)), Health.RETRY_MAX)
+        self.assertLessEqual(max(self.failing(1e6, reached=True)), Health.RETRY_MAX)
 
     def test_urgent_retry_stays_at_half_a_second(self) -> None:
         health = Health()
@@ -3890,16 +3890,25 @@ class HealthTest(DotproxyTestCase):
 
         self.assertLessEqual(health.urgent_at, 9000.0 + Health.RETRY_MIN)
 
-    def test_one_that_worked_is_down_after_a_grace(self) -> None:
+    def test_one_that_was_reached_is_down_after_a_grace(self) -> None:
         health = Health()
-        health.worked = True
+        health.reached = True
 
         health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
 
         self.assertFalse(health.down(1000.0 + Health.GRACE - 0.1))
         self.assertTrue(health.down(1000.0 + Health.GRACE))
 
-    def test_one_that_never_worked_is_down_at_once(self) -> None:
+    def test_one_that_resets_all_connections_is_down_after_a_grace(self) -> None:
+        health = Health()
+
+        for now in (1000.0, 1000.0 + Health.GRACE):
+            self.assertFalse(health.down(now - 0.1))
+            health.failed(now, now, UpstreamError("reset", ""))
+
+        self.assertTrue(health.down(now))
+
+    def test_one_that_was_never_reached_is_down_at_once(self) -> None:
         health = Health()
 
         health.failed(1000.0, 1000.0, UpstreamError("refused", ""))
@@ -4745,6 +4754,28 @@ class ProxyTest(StubProxyTestCase):
         self.assertEqual(second.names, ["b"])
         self.assertIn("state=doubtful", self.proxy.describe()[1])
 
+    def test_upstream_that_restarts_before_its_first_answer_is_waited_for(self) -> None:
+        self.proxy.start()
+        self.connections[0].open()
+        self.ask("a.example")
+
+        self.connections[0].lose("reset")
+        self.connections[1].lose("refused")
+        self.advance(0.1)
+        self.connections[2].open().answer()
+
+        self.assertEqual([m.addresses for m in self.answers], [["192.0.2.1"]])
+
+    def test_upstream_that_resets_the_first_connection_is_waited_for(self) -> None:
+        self.proxy.start()
+        self.ask("a.example")
+
+        self.connections[0].lose("reset")
+        self.advance(0.1)
+        self.connections[1].open().answer()
+
+        self.assertEqual([m.addresses for m in self.answers], [["192.0.2.1"]])
+
     def test_clock_jump_flushes_with_the_next_query(self) -> None:
         self.proxy.start()
         stale = self.connections[0].open()
@@ -5587,6 +5618,8 @@ class SplitHorizonTest(ScenarioTestCase):
         self.assert_public_saw_nothing()
 
     def test_restarts_of_a_plain_server_lose_nothing(self) -> None:
+        self.lan.wait_for(lambda u: u.connections == 1)
+
         for restart in range(5):
             self.asker.send(*[f"a{restart}-{n}.lan" for n in range(10)])
             self.lan.stop(reset=restart % 2 == 0)
