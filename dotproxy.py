@@ -71,10 +71,10 @@ Threads
 
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
 but for those of Line, StreamHandler and AdminServer, over system calls that do not
-wait, that of Output, held by the threads log and querylog while they write, and
-WorkerPool's, held while a thread is started, and TLSChannel's, which is taken last of
-all, over memory alone: under StreamHandler's, so that what is encrypted in turn is sent
-in turn, and under TLSServer.turns)
+wait, that of Output, held by the threads log and querylog while they write, and those
+of WorkerPool and Connection, held while a thread is started, and TLSChannel's, which is
+taken last of all, over memory alone: under StreamHandler's, so that what is encrypted
+in turn is sent in turn, and under TLSServer.turns)
 
     Metrics._lock        what is counted of answers; copied under it, written without it
     Courier._lock        log lines, or query records, that wait to be written
@@ -84,7 +84,7 @@ in turn, and under TLSServer.turns)
     Proxy._lock          questions in flight and who waits for them, refreshes
     UpstreamGroup._lock  Fleet, Dispatcher and Quarantine: upstreams, their health and
                          connections, the retry state of exchanges, what is counted
-    Connection._lock     pending IDs
+    Connection._lock     pending IDs, whether its thread may start
     Outbox._lock         frames to send, who flushes
     TLSChannel._lock     the TLS object and its two memory buffers
     Line._lock           the socket, against being closed while another thread uses it
@@ -3982,6 +3982,7 @@ class Connection:
         self._ids: list[int] = []
         self._open = False
         self._ended = False
+        self._joined = False  # nobody will wait for its thread again
         self._thread = threading.Thread(target=self._run, name=label, daemon=True)
 
     @property
@@ -3995,8 +3996,10 @@ class Connection:
         return len(self._pending)
 
     def start(self) -> None:
-        """Start to connect."""
-        self._thread.start()
+        """Start to connect, unless its end has been waited for."""
+        with self._lock:
+            if not self._joined:
+                self._thread.start()
 
     def send(self, exchanges: Sequence[Exchange], now: float) -> bool:
         """Send the exchanges' queries; False, and nothing sent, if it is not open."""
@@ -4030,6 +4033,8 @@ class Connection:
 
     def join(self) -> None:
         """Wait until its thread has ended: at most as long as its patience."""
+        with self._lock:
+            self._joined = True
         if self._thread.ident is not None:
             self._thread.join(sum(self._patience) + 1.0)
 

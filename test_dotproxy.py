@@ -3618,6 +3618,17 @@ class ConnectionTest(DotproxyTestCase):
         self.assertEqual(self.owner.orphans, [asked])
         self.assertEqual(self.owner.error.cause, "ended")
 
+    def test_connection_that_was_waited_for_starts_no_more(self) -> None:
+        endpoint = Endpoint("192.0.2.1", 853, "dot.test")
+        late = Connection(endpoint, self.trust, self.owner, label="upstream")
+        late.close()
+        late.join()
+
+        with mock.patch.object(threading.Thread, "start") as start:
+            late.start()
+
+        start.assert_not_called()
+
     def test_more_than_fits_in_flight_is_not_sent(self) -> None:
         with FakeUpstream(silence) as upstream, self.connected(upstream) as connection:
             many = [asking(query())] * (connection.MAX_PENDING + 1)
