@@ -3995,6 +3995,11 @@ class Connection:
         """Return how many queries have had no answer: a snapshot."""
         return len(self._pending)
 
+    @property
+    def is_running(self) -> bool:
+        """Tell whether its thread has begun and not ended."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Start to connect, unless its end has been waited for."""
         with self._lock:
@@ -5052,6 +5057,7 @@ class UpstreamGroup(ConnectionOwner):
         self._sleep = SleepDetector(clock(), wall)
         self._binding = binding or ProcessorBinding()
         self._sent = 0  # exchanges, since the last look
+        self._ending: list[Connection] = []  # lost, but their threads may still run
         self._closed = False
 
     def start(self) -> None:
@@ -5083,7 +5089,7 @@ class UpstreamGroup(ConnectionOwner):
         """Close all connections and wait for their threads."""
         with self._lock:
             self._closed = True
-            connections = list(self._fleet.homes)
+            connections = [*self._fleet.homes, *self._ending]
         for connection in connections:
             connection.close()
         for connection in connections:
@@ -5181,6 +5187,8 @@ class UpstreamGroup(ConnectionOwner):
         logger.debug("disconnected: upstream=%s error=%s", connection.endpoint, error)
         with self._planning() as (plan, now):
             upstream = self._fleet.remove(connection)
+            running = [each for each in self._ending if each.is_running]
+            self._ending = [*running, connection]
             report = False
             if self._closed:
                 return

@@ -4866,6 +4866,16 @@ class ProxyTest(StubProxyTestCase):
 
         self.assertFalse([c for c in self.connections[before:] if c.started])
 
+    def test_close_waits_for_a_connection_that_is_ending(self) -> None:
+        self.proxy.start()
+        ending = self.connections[0].open()
+        ending.lose("closed")
+
+        with mock.patch.object(StubConnection, "join", autospec=True) as join:
+            self.proxy.close()
+
+        self.assertIn(mock.call(ending), join.mock_calls)
+
     def test_connections_are_let_go_when_clients_are_quiet(self) -> None:
         self.proxy.start()
         self.connections[0].open()
