@@ -4061,9 +4061,10 @@ class Connection:
             channel, self.round_trip = self._line.open(self._patience, self._session)
             self._channel = channel
             self._outbox.open(channel)
-            self.opened_at = self.active_at = self._clock()
+            self.active_at = self._clock()
             with self._lock:
                 self._open = not self._ended
+            self.opened_at = self.active_at  # until it is open, it is connecting
             self._owner.connection_opened(self)
             self._read(channel)
         except UpstreamError as failure:

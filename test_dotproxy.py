@@ -3618,6 +3618,23 @@ class ConnectionTest(DotproxyTestCase):
         self.assertEqual(self.owner.orphans, [asked])
         self.assertEqual(self.owner.error.cause, "ended")
 
+    def test_connection_is_open_before_it_counts_as_opened(self) -> None:
+        """Between the two it would be neither: another would be dialed."""
+        states: list[bool] = []
+
+        class Watched(Connection):
+            def __setattr__(self, name: str, value: object) -> None:
+                if name == "opened_at" and value:
+                    states.append(self.is_open)
+                super().__setattr__(name, value)
+
+        with (
+            FakeUpstream() as upstream,
+            mock.patch.object(dotproxy, "Connection", Watched),
+            self.connected(upstream),
+        ):
+            self.assertEqual(states, [True])
+
     def test_connection_that_was_waited_for_starts_no_more(self) -> None:
         endpoint = Endpoint("192.0.2.1", 853, "dot.test")
         late = Connection(endpoint, self.trust, self.owner, label="upstream")
