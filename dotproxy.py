@@ -3729,7 +3729,8 @@ class Line:
         start = self._clock()
         raw = self._connect(start + patience[0])
         round_trip = self._clock() - start
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # of a connection that is broken already
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self._endpoint.name:
             raw.settimeout(None)
             return PlainChannel(), round_trip

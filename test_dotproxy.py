@@ -7791,6 +7791,7 @@ class OutageTest(DotproxyTestCase):
     """A proxy over TLS whose upstream goes away and comes back."""
 
     def setUp(self) -> None:
+        super().setUp()
         self.clock = SkippingClock()
         for name, seconds in (("STALE_AFTER", 0.4), ("STALE_RETRY", 0.3)):
             patch = mock.patch.object(Cache, name, seconds)
