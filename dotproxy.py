@@ -5313,6 +5313,10 @@ def greediest(
     return everybody[:number]
 
 
+# Takes a message, the time and a tally; see Shelf.lookup.
+Lookup = Callable[[bytes, float, "list[Label]"], "bytes | Query | None"]
+
+
 class Shelf:
     """Gives the answers that can be had from the cache or without asking, at once.
 
@@ -5341,27 +5345,32 @@ class Shelf:
             Transport, dict[bytes, tuple[float, bytes, CacheEntry, Label]]
         ] = {("udp", family): {} for family in "12"}
 
+    def lookup_from(self, transport: Transport) -> Lookup:
+        """Return the lookup for datagrams that come so."""
+        hot, look_up = self._hot[transport], self.lookup
+
+        def lookup(
+            message: bytes, now: float, tally: list[Label]
+        ) -> bytes | Query | None:
+            # Most queries repeat byte for byte, but for the ID. No entry here outlives
+            # a second of its TTL.
+            ready = hot.get(message[2:])
+            if ready is not None and now < ready[0]:
+                ready[2].hits += 1
+                tally.append(ready[3])
+                return message[:2] + ready[1]
+            return look_up(message, now, tally, transport)
+
+        return lookup
+
     def lookup(
         self, message: bytes, now: float, tally: list[Label], transport: Transport
     ) -> bytes | Query | None:
-        """Return the answer to a datagram, or the query that has to be resolved.
+        """Return the answer to a message, or the query that has to be resolved.
 
         None for what deserves no answer. Never blocks, does no I/O, never raises: the
         receiving thread may call it. What is answered is added to `tally`.
         """
-        # Most queries repeat byte for byte, but for the ID. No entry here outlives a
-        # second of its TTL.
-        hot = self._hot[transport].get(message[2:])
-        if hot is not None and now < hot[0]:
-            hot[2].hits += 1
-            tally.append(hot[3])
-            return message[:2] + hot[1]
-        return self.lookup_stream(message, now, tally, transport)
-
-    def lookup_stream(
-        self, message: bytes, now: float, tally: list[Label], transport: Transport
-    ) -> bytes | Query | None:
-        """Do the same for a message that came over TCP or TLS."""
         if not answerable(message):
             return None
         try:
@@ -5638,7 +5647,7 @@ class Proxy:
         self._max_in_flight = max_in_flight
         shelf = Shelf(cache, local or LocalAnswers(), timer, self._refresh)
         self.lookup, self.flush = shelf.lookup, shelf.flush
-        self.lookup_stream = shelf.lookup_stream
+        self.lookup_from = shelf.lookup_from
         build = functools.partial(
             UpstreamGroup,
             trust=trust,
@@ -6139,7 +6148,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         self._inherited = inherited
         host = ipaddress.ip_address(address[0])
         self.address_family = socket.AF_INET6 if host.version == 6 else socket.AF_INET
-        self._transport = "udp", "2" if host.version == 6 else "1"
+        self._lookup = proxy.lookup_from(("udp", "2" if host.version == 6 else "1"))
         self._wildcard = host.is_unspecified
         super().__init__(address, UDPHandler)
 
@@ -6192,7 +6201,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
     ) -> None:
         """Answer what the cache can; turn away, hand to a worker, or drop the rest."""
         now, proxy, free = self.clock(), self.proxy, self.admission.free
-        lookup, transport, misses = proxy.lookup, self._transport, []
+        lookup, misses = self._lookup, []
         reply: Reply = self.reply
         tally: list[Label] = []
         logged = proxy.witness.query_log is not None
@@ -6201,7 +6210,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         for (message, address), way in zip(batch, ways or itertools.repeat(())):
             if address[0] not in free and not self._admit(message, address, way, now):
                 continue
-            found = lookup(message, now, tally, transport)
+            found = lookup(message, now, tally)
             if way:
                 reply = functools.partial(self.reply, way=way)
             if isinstance(found, bytes):
@@ -6410,7 +6419,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
         server, now = self.server, self.active_at
         logged, client = server.proxy.witness.query_log is not None, self.client_address
         given: list[Given] = []
-        lookup, transport = server.proxy.lookup_stream, server.transport
+        lookup, transport = server.proxy.lookup, server.transport
         for message in messages[:count]:
             found = lookup(message, now, tally, transport)
             if found is None:

@@ -1416,6 +1416,61 @@ class QueryParsingTest(DotproxyTestCase):
                 asked = dotproxy.parse_query(message, TCP if stream else UDP)
                 self.assertEqual(asked.form.limit, limit)
 
+    def test_queries_that_say_the_same_share_their_form(self) -> None:
+        first = dotproxy.parse_query(query("a.example", do=True, id=1))
+        other = dotproxy.parse_query(query("longer.b.example", "MX", do=True, id=2))
+
+        self.assertIs(first.form, other.form)
+
+    def test_form_is_not_shared_by_what_differs_in_it(self) -> None:
+        usual = query(do=True)
+        for name, message, transport in (
+            ("transport", usual, TCP),
+            ("IPv6", usual, ("udp", "2")),
+            ("DO", query(do=False), UDP),
+            ("RD", query(do=True, rd=False), UDP),
+            ("size", query(do=True, size=4096), UDP),
+            ("option", query(do=True, options=option(COOKIE, bytes(8))), UDP),
+            ("no EDNS", query(), UDP),
+        ):
+            with self.subTest(name):
+                other = dotproxy.parse_query(message, transport).form
+                self.assertIsNot(dotproxy.parse_query(usual).form, other)
+
+    def test_types_that_change_the_meaning_do_so_in_any_order(self) -> None:
+        for _ in range(2):
+            for rrtype, refusal, cachable in (
+                ("A", 0, True),
+                ("AXFR", Rcode.REFUSED, True),
+                ("ANY", 0, False),
+                ("AAAA", 0, True),
+            ):
+                form = dotproxy.parse_query(query(rrtype=rrtype)).form
+                with self.subTest(rrtype=rrtype):
+                    self.assertEqual((form.refusal, form.cachable), (refusal, cachable))
+
+    def test_pointer_behind_the_question_is_checked_in_each_query(self) -> None:
+        tail = b"\xc0\x20" + record(".", 250, b"")[1:]
+        good = counted(1, 0, 0, 1, body=query("a" * 40)[12:] + tail)
+        bad = counted(1, 0, 0, 1, body=query("a")[12:] + tail)
+
+        dotproxy.parse_query(good)
+
+        self.assertEqual(self.rcode(bad), Rcode.FORMERR)
+
+    def test_forms_that_are_kept_are_few_and_short(self) -> None:
+        with mock.patch.dict(dotproxy._FORMS, clear=True):
+            for size in range(2 * dotproxy.MAX_FORMS):
+                dotproxy.parse_query(query(do=False, size=size))
+                self.assertLessEqual(len(dotproxy._FORMS), dotproxy.MAX_FORMS)
+            for size in (10, 4000):
+                long = option(COOKIE, bytes(size))
+                dotproxy.parse_query(query(do=False, options=long))
+            tails = [len(tail) for _, _, tail in dotproxy._FORMS]
+
+        self.assertGreater(max(tails), 20)
+        self.assertLessEqual(max(tails), dotproxy.MAX_KNOWN_TAIL)
+
     def test_random_damage_gives_a_query_or_a_format_error(self) -> None:
         good = [
             query(),
@@ -6641,8 +6696,10 @@ class ProxyTestCase(DotproxyTestCase):
     def ask(self, message: bytes = ASKED, *, stream: bool = False) -> list[Message]:
         """Ask as a server does; return where the answer is, or will be."""
         answers: list[Message] = []
-        lookup = self.proxy.lookup_stream if stream else self.proxy.lookup
-        found = lookup(message, self.clock(), self.tally, TCP if stream else UDP)
+        if stream:
+            found = self.proxy.lookup(message, self.clock(), self.tally, TCP)
+        else:
+            found = self.proxy.lookup_from(UDP)(message, self.clock(), self.tally)
         if isinstance(found, bytes):
             answers.append(parse(found))
         elif found is not None:
@@ -8333,7 +8390,8 @@ class TurningAwayTest(DotproxyTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.proxy = mock.Mock()
-        self.proxy.lookup.return_value = b"answer"
+        self.proxy.lookup_from.return_value = self.lookup = mock.Mock()
+        self.lookup.return_value = b"answer"
         self.sent: list[bytes] = []
 
     def ask(self, admission: dotproxy.Admission, host: str, count: int = 1) -> None:
@@ -8351,7 +8409,7 @@ class TurningAwayTest(DotproxyTestCase):
         self.ask(dotproxy.Admission(), STRANGER, 30)
 
         self.assertEqual([parse(got).rcode for got in self.sent], [Rcode.REFUSED] * 20)
-        self.proxy.lookup.assert_not_called()
+        self.lookup.assert_not_called()
 
     def test_local_client_among_strangers_is_answered(self) -> None:
         self.ask(dotproxy.Admission(), "10.0.0.1", 3)
