@@ -1688,6 +1688,8 @@ def build_dashboard() -> dict[str, object]:
 ECS_VERSION = "9.4.0"
 PRIORITIES = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}  # of levels for journald, sd-daemon(3)
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 def is_journal(descriptor: int, environment: Mapping[str, str]) -> bool:
@@ -2070,7 +2072,7 @@ OCTET_TEXTS = [
 
 def label_text(label: bytes) -> str:
     """Return a label as text."""
-    if label.isalnum() or not label.translate(None, PLAIN_OCTETS):
+    if not label.strip(PLAIN_OCTETS):  # 0.1 us, where a regular expression takes 0.3
         return label.decode("ascii")
     return "".join([OCTET_TEXTS[octet] for octet in label])
 
@@ -2144,6 +2146,25 @@ def flag_names(flags: int) -> list[str]:
     return [name for bit, name in FLAG_NAMES.items() if flags & bit]
 
 
+class Memo(dict[K, V]):
+    """Values that are made when they are first asked for; for one thread.
+
+    A look costs a quarter of what it does with lru_cache. When it is full it begins
+    anew.
+    """
+
+    def __init__(self, make: Callable[[K], V], limit: int) -> None:
+        super().__init__()
+        self._make = make
+        self._limit = limit
+
+    def __missing__(self, key: K) -> V:
+        if len(self) >= self._limit:
+            self.clear()
+        value = self[key] = self._make(key)
+        return value
+
+
 class QueryLines(abc.ABC):
     """Makes a line of each query. What repeats is made once: one thread calls it."""
 
@@ -2162,11 +2183,11 @@ class QueryLines(abc.ABC):
         self._name = (lambda name: "-") if privacy == "no-names" else self._write_name
         template = self.TEMPLATE.replace("%s ", "%.0s", 1) if prefix else self.TEMPLATE
         self._line = prefix + template
-        self._client = functools.lru_cache(self.CACHED)(self._describe_client)
-        self._again = functools.lru_cache(self.CACHED)(self._parse)
-        self._outcome = functools.lru_cache(self.CACHED)(self._describe_outcome)
-        self._origin = functools.lru_cache(self.CACHED)(self._describe_origin)
-        self._around = functools.lru_cache(self.CACHED)(self._describe_form)
+        self._client = Memo(self._describe_client, self.CACHED)
+        self._again = Memo(self._parse, self.CACHED)
+        self._outcome = Memo(self._describe_outcome, self.CACHED)
+        self._origin = Memo(self._describe_origin, self.CACHED)
+        self._around = Memo(self._describe_form, self.CACHED)
 
     def render(self, records: Iterable[QueryRecord], offset: float) -> str:
         """Make lines; `offset`: from monotonic to wall-clock time."""
@@ -2174,20 +2195,22 @@ class QueryLines(abc.ABC):
         moment, stamp, known, whom, origin = -math.inf, "", "", None, ""
         for asked, answer, client, proto, received, seconds, source, peer in records:
             if isinstance(asked, bytes):  # most repeat byte for byte, but for the ID
-                what, end = self._again(asked[2:], proto)
+                what, end = self._again[asked[2:], proto]
             else:
                 what, end = self._describe(asked)
-            upper = 0 if answer[7] or answer[9] else upper_rcode(answer)
-            outcome = self._outcome(answer[2:4], upper)
+            flags = answer[2] << 8 | answer[3]
+            if not (answer[7] or answer[9]):
+                flags |= upper_rcode(answer) << 16
+            outcome = self._outcome[flags]
             if self.ADDRESSES and answer[7]:
                 outcome += self._describe_answers(answer, end)
             if received != moment:  # those of a batch came together
                 moment, stamp = received, timestamp(int((received + offset) * 1000))
             if source is not known or peer is not whom:
-                known, whom, origin = source, peer, self._origin(source, peer)
+                known, whom, origin = source, peer, self._origin[source, peer]
             fields = (
                 stamp,
-                self._client(client[0]) + (self._port(client[1]) if full else ""),
+                self._client[client[0]] + (self._port(client[1]) if full else ""),
                 answer[0] << 8 | answer[1],
                 what,
                 outcome,
@@ -2198,8 +2221,8 @@ class QueryLines(abc.ABC):
             lines.append(line % fields)
         return "".join(lines)
 
-    def _parse(self, message: bytes, proto: str) -> tuple[str, int]:
-        message = b"\0\0" + message
+    def _parse(self, key: tuple[bytes, str]) -> tuple[str, int]:
+        message, proto = b"\0\0" + key[0], key[1]
         try:
             query = parse_query(message, (proto, ""))
         except FormatError:
@@ -2208,7 +2231,7 @@ class QueryLines(abc.ABC):
 
     def _describe(self, query: Query) -> tuple[str, int]:
         question = query.question
-        before, between, behind = self._around(query.form, question[-4:])
+        before, between, behind = self._around[query.form, question[-4:]]
         text = f"{before}{self._name(question[:-4])}{between}{query.size}{behind}"
         return text, 12 + len(question)
 
@@ -2217,14 +2240,15 @@ class QueryLines(abc.ABC):
     def _write_name(name: bytes) -> str: ...
 
     @abc.abstractmethod
-    def _describe_form(self, form: Form, kind: bytes) -> tuple[str, str, str]:
+    def _describe_form(self, key: tuple[Form, bytes]) -> tuple[str, str, str]:
         """Return what is before the name, between it and the size, and behind."""
 
     @abc.abstractmethod
     def _describe_misfit(self, message: bytes, proto: str) -> str: ...
 
     @abc.abstractmethod
-    def _describe_outcome(self, flags: bytes, upper_rcode: int) -> str: ...
+    def _describe_outcome(self, flags: int) -> str:
+        """Say what the flags mean, with the upper bits of the RCODE above them."""
 
     def _describe_answers(self, answer: bytes, offset: int) -> str:
         raise NotImplementedError  # where ADDRESSES is false
@@ -2236,7 +2260,8 @@ class QueryLines(abc.ABC):
     def _port(self, port: int) -> str: ...
 
     @abc.abstractmethod
-    def _describe_origin(self, source: str, upstream: object) -> str: ...
+    def _describe_origin(self, key: tuple[str, Hashable]) -> str:
+        """Say what the source and the upstream are."""
 
 
 class TextQueryLines(QueryLines):
@@ -2249,8 +2274,8 @@ class TextQueryLines(QueryLines):
     def _write_name(name: bytes) -> str:
         return f"{name_text(name)}."
 
-    def _describe_form(self, form: Form, kind: bytes) -> tuple[str, str, str]:
-        rrtype, rrclass = kind_text(kind)
+    def _describe_form(self, key: tuple[Form, bytes]) -> tuple[str, str, str]:
+        form, (rrtype, rrclass) = key[0], kind_text(key[1])
         do = "true" if form.edns_flags & DO else "false"
         proto = form.transport[0]
         return f"{rrtype} {rrclass} ", f" {proto} ", f" {do} {form.limit}"
@@ -2258,9 +2283,9 @@ class TextQueryLines(QueryLines):
     def _describe_misfit(self, message: bytes, proto: str) -> str:
         return f"- - - {proto} {len(message)} false {MIN_UDP_SIZE}"
 
-    def _describe_outcome(self, flags: bytes, upper_rcode: int) -> str:
-        rcode = flags[1] & RCODE_MASK | upper_rcode
-        names = ",".join(["qr", *flag_names(flags[0] << 8 | flags[1])]).lower()
+    def _describe_outcome(self, flags: int) -> str:
+        rcode = flags & RCODE_MASK | flags >> 16
+        names = ",".join(["qr", *flag_names(flags)]).lower()
         return f"{RCODE_NAMES.get(rcode, f'RCODE{rcode}')} {names}"
 
     def _describe_client(self, address: str) -> str:
@@ -2270,8 +2295,8 @@ class TextQueryLines(QueryLines):
     def _port(self, port: int) -> str:
         return f":{port}"
 
-    def _describe_origin(self, source: str, upstream: object) -> str:
-        return f"{source} {upstream or '-'}"
+    def _describe_origin(self, key: tuple[str, Hashable]) -> str:
+        return f"{key[0]} {key[1] or '-'}"
 
 
 def json_members(fields: Mapping[str, object]) -> str:
@@ -2308,8 +2333,8 @@ class JSONQueryLines(QueryLines):
             text = text.replace("\\", "\\\\").replace('"', '\\"')
         return text
 
-    def _describe_form(self, form: Form, kind: bytes) -> tuple[str, str, str]:
-        rrtype, rrclass = kind_text(kind)
+    def _describe_form(self, key: tuple[Form, bytes]) -> tuple[str, str, str]:
+        form, (rrtype, rrclass) = key[0], kind_text(key[1])
         between = (
             f'","dns.question.type":"{rrtype}","dns.question.class":"{rrclass}",'
             f'"dns.op_code":"QUERY",{TRANSPORTS[form.transport[0]]},"client.bytes":'
@@ -2321,12 +2346,12 @@ class JSONQueryLines(QueryLines):
         name, size = OPCODE_NAMES.get(opcode, f"OPCODE{opcode}"), len(message)
         return f'"dns.op_code":"{name}",{TRANSPORTS[proto]},"client.bytes":{size}'
 
-    def _describe_outcome(self, flags: bytes, upper_rcode: int) -> str:
-        rcode = flags[1] & RCODE_MASK | upper_rcode
+    def _describe_outcome(self, flags: int) -> str:
+        rcode = flags & RCODE_MASK | flags >> 16
         done = rcode in (NOERROR, NXDOMAIN)
         return json_members(
             {
-                "dns.header_flags": flag_names(flags[0] << 8 | flags[1]),
+                "dns.header_flags": flag_names(flags),
                 "dns.response_code": RCODE_NAMES.get(rcode, f"RCODE{rcode}"),
                 "event.outcome": "success" if done else "failure",
             }
@@ -2350,8 +2375,8 @@ class JSONQueryLines(QueryLines):
     def _port(self, port: int) -> str:
         return f',"client.port":{port}'
 
-    def _describe_origin(self, source: str, upstream: object) -> str:
-        fields = upstream_fields(str(upstream))
+    def _describe_origin(self, key: tuple[str, Hashable]) -> str:
+        source, fields = key[0], upstream_fields(str(key[1]))
         return json_members({"labels.source": source, **fields})
 
 
