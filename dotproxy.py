@@ -2596,11 +2596,10 @@ class Cache:
         self._entries: collections.OrderedDict[bytes, CacheEntry] = (
             collections.OrderedDict()  # least recently used first
         )
-        # Keys by the second in which they expire, outdated ones among them, and a heap
-        # of these seconds: 0.2 us less for an answer than a heap of keys.
-        self._expiring: dict[int, list[bytes]] = {}
+        # Keys by the second in which they expire, and a heap of these seconds, in which
+        # some are that have no keys any more.
+        self._expiring: dict[int, dict[bytes, None]] = {}
         self._seconds: list[int] = []
-        self._expiries = 0  # keys in _expiring
         self._size = 0
         self._evictions = 0
 
@@ -2665,19 +2664,17 @@ class Cache:
             source = without_opt(response, 11 + len(key))  # 380 octets with padding
         entry = CacheEntry(key, source, now, ttl)
         with self._lock:
-            old = self._entries.pop(key, None)
+            old = self._entries.get(key)
             if old is not None:
-                self._size -= old.size
+                self._remove_locked(key)
                 if not old.failed and response.rcode in FAILURE_RCODES:
                     entry = old  # a failure never takes the place of data
             self._entries[key] = entry
             self._size += entry.size
-            self._expiries += 1
             keys = self._expiring.get(int(entry.expires))
-            if keys is not None:
-                keys.append(key)
-            else:
-                self._begin_second_locked(int(entry.expires), key)
+            if keys is None:
+                keys = self._begin_second_locked(int(entry.expires))
+            keys[key] = None
             if self._size > self._max_bytes:
                 self._shrink_locked(now)
         if response.ttl == ttl and response.longest_ttl == ttl:
@@ -2707,8 +2704,7 @@ class Cache:
         with self._lock:
             number = len(self._entries)
             self._entries.clear()
-            self._forget_expiries_locked()
-            self._size = 0
+            self._expiring, self._seconds, self._size = {}, [], 0
         return number
 
     def _forget(self, key: bytes) -> None:
@@ -2755,38 +2751,31 @@ class Cache:
             self._remove_locked(self._victim_locked(now))
             self._evictions += 1
 
-    def _begin_second_locked(self, second: int, key: bytes) -> None:
-        """Note the first key that expires in this second; now and then, tidy up."""
-        self._expiring[second] = [key]
+    def _begin_second_locked(self, second: int) -> dict[bytes, None]:
+        """Return where to note keys that expire in this second, none as yet."""
+        keys = self._expiring[second] = {}
         heapq.heappush(self._seconds, second)
-        if self._expiries > len(self._entries) * 3 // 2 + 64:
-            self._tidy_locked()
-
-    def _forget_expiries_locked(self) -> None:
-        self._expiring, self._seconds, self._expiries = {}, [], 0
-
-    def _tidy_locked(self) -> None:
-        """Drop what is noted of entries that are gone or were replaced."""
-        self._forget_expiries_locked()
-        for key, entry in self._entries.items():
-            self._expiring.setdefault(int(entry.expires), []).append(key)
-        self._seconds = sorted(self._expiring)  # a sorted list is a heap
-        self._expiries = len(self._entries)
+        if len(self._seconds) > 2 * len(self._expiring) + 64:
+            self._seconds = sorted(self._expiring)  # which is a heap too
+        return keys
 
     def _victim_locked(self, now: float) -> bytes:
+        """Return the key of what has expired first, else of what was used least."""
         while self._seconds and self._seconds[0] < int(now):
-            keys = self._expiring[self._seconds[0]]
-            while keys:
-                self._expiries -= 1
-                key = keys.pop()
-                entry = self._entries.get(key)
-                if entry is not None and int(entry.expires) == self._seconds[0]:
-                    return key
-            del self._expiring[heapq.heappop(self._seconds)]
+            keys = self._expiring.get(self._seconds[0])
+            if keys:
+                return keys.popitem()[0]
+            heapq.heappop(self._seconds)
         return next(iter(self._entries))
 
     def _remove_locked(self, key: bytes) -> None:
-        self._size -= self._entries.pop(key).size
+        entry = self._entries.pop(key)
+        self._size -= entry.size
+        second = int(entry.expires)
+        keys = self._expiring[second]
+        keys.pop(key, None)
+        if not keys:
+            del self._expiring[second]
 
 
 # ---- Local answers (RFC 6761, RFC 6303, RFC 8482) ------------------------------------

@@ -57,6 +57,7 @@ import threading
 import time
 import tokenize
 import tracemalloc
+import types
 import unittest
 import warnings
 import weakref
@@ -85,6 +86,9 @@ from dotproxy import (
     UpstreamGroup,
     Verdict,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 # ---- Builders ------------------------------------------------------------------------
 # Messages from Python values, and back. The parser is the tests' own: it shares no code
@@ -6242,6 +6246,31 @@ class CacheBoundTest(DotproxyTestCase):
             cache.put(KEY, found, float(now))
 
         self.assertLess(tracemalloc.get_traced_memory()[0], 50_000)
+
+    def lines_run(self, cache: Cache, name: str, now: float) -> int:
+        """Return how many lines of code storing this name takes."""
+        asked, lines = query(name), 0
+        found = read_response(response(asked, "192.0.2.1", ttl=300))
+
+        def count(frame: types.FrameType, event: str, told: object) -> TraceFunction:
+            nonlocal lines
+            lines += 1
+            return count
+
+        sys.settrace(count)
+        try:
+            cache.put(cache_key(asked), found, now)
+        finally:
+            sys.settrace(None)
+        return lines
+
+    def test_no_answer_is_stored_at_the_cost_of_a_look_at_all(self) -> None:
+        cache = Cache(self.room_for(1000))
+
+        costs = [self.lines_run(cache, f"{n}.test", n / 100) for n in range(2500)]
+        late = [self.lines_run(cache, f"{n}.late", 9000.0) for n in range(1000)]
+
+        self.assertLess(max(costs + late), 500)
 
     def measure(self, bound: int, names: int, records: int, padding: int) -> float:
         """Return the cache's size as a share of what its process grew by.
