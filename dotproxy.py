@@ -7,7 +7,8 @@ The path of a query
       UDPServer.get_request         drain the socket: one request = one batch
       UDPServer.process_request     Admission.verdict: REFUSED, TC or nothing for some
                                     Proxy.lookup: from the cache -> sendto, done   [udp]
-                                    (or a special name: LocalAnswers.respond)
+                                    (parse_query, or byte for byte as lately;
+                                    a special name: LocalAnswers.respond)
                                     WorkerPool.submit(the rest)    full -> drop
                                     Witness.at_once: metrics and query log
       UDPHandler.handle             Proxy.resolve                               [worker]
@@ -38,8 +39,10 @@ Contracts that carry the design
                              answered in a list that its caller alone has.
     Proxy.resolve(queries)   never blocks; every `reply` is called exactly once, by
                              whichever thread has the answer, SERVFAIL at worst.
-    reply(response)          never blocks, never raises; an answer that its client
+    reply(message, client)   never blocks, never raises; an answer that its client
                              cannot take is dropped.
+    Form                     what queries say beside ID and question; immutable, as many
+                             queries, of many threads, share one.
     Exchange                 one question in flight. Lost connection, time-out, hedging
                              and giving up all mean "send it again, or fail it".
     Routes                   which UpstreamGroup a name is asked of, and no other: one
@@ -96,8 +99,8 @@ in turn is sent in turn, and under TLSServer.turns)
     TLSServer.turns      a semaphore: who computes a step of a handshake
     AdminServer._lock    HTTP clients' sockets and their deadlines
 
-    Shelf and Admission have no lock: of their table, a dict and a set, only single
-    operations are used. Nor has Routes: it does not change.
+    Shelf, Admission and the table of forms have no lock: of dicts and a set, only
+    single operations are used. Nor has Routes: it does not change.
     Identity neither: its context is replaced as a whole, by the main thread, at SIGHUP.
     Nor History: its readings are a tuple that the timer replaces as a whole.
     ProcessorBinding has none: two updates at once would at worst bind twice.
@@ -496,7 +499,8 @@ def parse_form(message: bytes, end: int, transport: Transport) -> Form:
 
 
 # By transport, by what follows the ID up to the question, and by what follows that: 1.1
-# us a query less than to read a form each time.
+# us a query less than to read a form each time. No lock: only single operations of the
+# dict are used, and to read a form twice does no harm.
 _FORMS: dict[tuple[Transport, bytes, bytes], Form] = {}
 MAX_FORMS = 1024  # about 1 MB; then it begins anew
 
