@@ -5333,6 +5333,9 @@ def greediest(
 
 # Takes a message, the time and a tally; see Shelf.lookup.
 Lookup = Callable[[bytes, float, "list[Label]"], "bytes | Query | None"]
+# An answer without its ID, the entry that it is from, and what is counted.
+Ready = tuple[bytes, CacheEntry, Label]
+Hot = dict[bytes, "tuple[float, Ready]"]  # until when, by datagram without its ID
 
 
 class Shelf:
@@ -5356,12 +5359,8 @@ class Shelf:
         self._local = local
         self._timer = timer
         self._refresh = refresh
-        # By transport and datagram without its ID: until when, the answer without its
-        # ID, the entry, and what is counted.
         # No lock: single operations of a dict are atomic on every build.
-        self._hot: dict[
-            Transport, dict[bytes, tuple[float, bytes, CacheEntry, Label]]
-        ] = {("udp", family): {} for family in "12"}
+        self._hot: dict[Transport, Hot] = {("udp", family): {} for family in "12"}
 
     def lookup_from(self, transport: Transport) -> Lookup:
         """Return the lookup for datagrams that come so."""
@@ -5372,11 +5371,12 @@ class Shelf:
         ) -> bytes | Query | None:
             # Most queries repeat byte for byte, but for the ID. No entry here outlives
             # a second of its TTL.
-            ready = hot.get(message[2:])
-            if ready is not None and now < ready[0]:
-                ready[2].hits += 1
-                tally.append(ready[3])
-                return message[:2] + ready[1]
+            found = hot.get(message[2:])
+            if found is not None and now < found[0]:
+                answer, entry, label = found[1]
+                entry.hits += 1
+                tally.append(label)
+                return message[:2] + answer
             return look_up(message, now, tally, transport)
 
         return lookup
@@ -5450,13 +5450,7 @@ class Shelf:
         tally.append(label_answer(query, STALE, answer[3] & RCODE_MASK, len(answer)))
         return answer
 
-    def _keep_hot(
-        self,
-        hot: dict[bytes, tuple[float, bytes, CacheEntry, Label]],
-        message: bytes,
-        ready: tuple[bytes, CacheEntry, Label],
-        now: float,
-    ) -> None:
+    def _keep_hot(self, hot: Hot, message: bytes, ready: Ready, now: float) -> None:
         """Keep an answer ready until one of its TTLs changes or it may be refreshed."""
         entry = ready[1]
         if entry.size > self.MAX_HOT_SIZE:
@@ -5468,7 +5462,7 @@ class Shelf:
             return  # the next hit may make it popular
         if len(hot) >= self.MAX_HOT:
             hot.clear()
-        hot[message] = (min(until, entry.expires), *ready)
+        hot[message] = min(until, entry.expires), ready
 
 
 Route = tuple[str, Endpoint]  # a domain in lower case, and one of its servers
