@@ -502,7 +502,7 @@ def parse_form(message: bytes, end: int, transport: Transport) -> Form:
 # us a query less than to read a form each time. No lock: only single operations of the
 # dict are used, and to read a form twice does no harm.
 _FORMS: dict[tuple[Transport, bytes, bytes], Form] = {}
-MAX_FORMS = 1024  # about 1 MB; then it begins anew
+MAX_FORMS = 1024  # at most 2 MB; then it begins anew
 
 
 def _read_form(message: bytes, end: int, transport: Transport) -> Form:
@@ -638,7 +638,8 @@ def _walk_extra(message: bytes, start: int, records: int) -> Extra:
     offset, found = start, None
     for number in range(records):
         begin = offset
-        offset = skip_name(message, offset)
+        pointed = message[offset] >= 0xC0
+        offset = offset + 2 if pointed else skip_name(message, offset)
         rrtype, _, ttl, length = RECORD.unpack_from(message, offset)
         offset += 10 + length
         if rrtype == TYPE_OPT:
@@ -661,6 +662,8 @@ def _known_extra(tail: bytes, records: int) -> Extra:
 
 def read_extra(message: bytes, offset: int, records: int) -> Extra:
     """Read the additional section of a response, which has so many records."""
+    if offset > len(message):
+        raise FormatError("record past the end")
     tail = message[offset:]
     if records > 1 or tail[:1] > b"\0" or len(tail) > MAX_KNOWN_TAIL:
         return _walk_extra(message, offset, records)
@@ -2172,7 +2175,7 @@ class Memo(dict[K, V]):
 class QueryLines(abc.ABC):
     """Makes a line of each query. What repeats is made once: one thread calls it."""
 
-    CACHED = 4096  # of the clients, and of the questions, that were last seen
+    CACHED = 4096  # of clients, questions and other things that recur
     TEMPLATE: str  # for time, client, ID, query, outcome, octets, seconds, origin
     SECOND: float  # in the unit of the template
     ADDRESSES = False  # whether those of an answer are told
@@ -2522,6 +2525,7 @@ class CacheEntry:
 
     OVERHEAD = 420  # octets of an entry beside its key and message, as measured
     OWN = 500  # octets of a response of our own
+    SECOND = 240  # octets of a second in which entries expire, for the first of them
     PREFETCH_AFTER = 0.9  # of the life
 
     __slots__ = (
@@ -2758,6 +2762,7 @@ class Cache:
     def _begin_second_locked(self, second: int) -> dict[bytes, None]:
         """Return where to note keys that expire in this second, none as yet."""
         keys = self._expiring[second] = {}
+        self._size += CacheEntry.SECOND
         heapq.heappush(self._seconds, second)
         if len(self._seconds) > 2 * len(self._expiring) + 64:
             self._seconds = sorted(self._expiring)  # which is a heap too
@@ -2780,6 +2785,7 @@ class Cache:
         keys.pop(key, None)
         if not keys:
             del self._expiring[second]
+            self._size -= CacheEntry.SECOND
 
 
 # ---- Local answers (RFC 6761, RFC 6303, RFC 8482) ------------------------------------
@@ -5345,7 +5351,7 @@ class Shelf:
     timer for a query whose answer should be asked for again.
     """
 
-    MAX_HOT = 4096  # answers kept ready byte for byte, about 2 MiB
+    MAX_HOT = 4096  # answers kept ready byte for byte, of IPv4 and IPv6, 2 MiB each
     MAX_HOT_SIZE = 2048  # octets of an entry that is; it stays alive with its answers
 
     def __init__(
@@ -6214,7 +6220,6 @@ class UDPServer(socketserver.ThreadingUDPServer):
         """Answer what the cache can; turn away, hand to a worker, or drop the rest."""
         now, proxy, free = self.clock(), self.proxy, self.admission.free
         lookup, misses = self._lookup, []
-        reply: Reply = self.reply
         tally: list[Label] = []
         logged = proxy.witness.query_log is not None
         given: list[Given] = []
@@ -6223,15 +6228,14 @@ class UDPServer(socketserver.ThreadingUDPServer):
             if address[0] not in free and not self._admit(message, address, way, now):
                 continue
             found = lookup(message, now, tally)
-            if way:
-                reply = functools.partial(self.reply, way=way)
             if isinstance(found, bytes):
-                reply(found, address)
+                self.reply(found, address, way)
                 if logged:
                     given.append((message, found, address))
             elif found is not None:
                 found.client = address
                 found.received = now
+                reply = functools.partial(self.reply, way=way) if way else self.reply
                 misses.append((found, reply))
         if misses:
             finish = functools.partial(self._finish, misses, client_address)

@@ -1660,6 +1660,11 @@ class ResponseParsingTest(DotproxyTestCase):
             "fewer records than counted": responded(2, 0, 0, body=A_RECORD),
             "more records than counted": responded(1, 0, 0, body=A_RECORD * 2),
             "no record": responded(0, 0, 1, body=b""),
+            "no end of its only record": responded(1, 0, 0, body=A_RECORD[:-1]),
+            "no end of its last record": responded(1, 1, 0, body=A_RECORD * 2)[:-1],
+            "RDLENGTH past the end": responded(
+                1, 0, 0, body=A_RECORD[:-6] + b"\xff\xff" + bytes(4)
+            ),
             "label of 64 octets": responded(
                 1, 0, 0, body=record(b"\x40" + b"a" * 64 + b"\0", "A", bytes(4))
             ),
@@ -1682,11 +1687,18 @@ class ResponseParsingTest(DotproxyTestCase):
 
     def test_response_cut_anywhere_is_a_format_error(self) -> None:
         asked = query(do=True)
-        whole = response(asked, "192.0.2.1", authority=[soa()], options=option(EDE))
+        for edns in (True, False):
+            whole = response(asked, "192.0.2.1", authority=[soa()], edns=edns)
+            for size in range(len(asked) - len(OPT_RECORD), len(whole)):
+                with self.subTest(size=size), self.assertRaises(FormatError):
+                    parsed_response(whole[:size], asked)
 
-        for size in range(len(asked) - len(OPT_RECORD), len(whole)):
-            with self.subTest(size=size), self.assertRaises(FormatError):
-                parsed_response(whole[:size], asked)
+    def test_pointers_of_owners_are_not_followed_in_any_section(self) -> None:
+        forwards = record(b"\xc0\xff", "A", bytes(4))
+        for counts in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+            message = counted(1, *counts, body=QUESTION + forwards, flags=QR)
+            with self.subTest(counts=counts):
+                self.assertEqual(parsed_response(message).counts, counts)
 
     def test_ttl_offsets_point_at_the_ttls(self) -> None:
         message = response(
@@ -6134,11 +6146,12 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-def fill(cache, first, last, records, padding):
+def fill(cache, first, last, records, padding, seconds):
     option = struct.pack("!HH", 12, padding) + bytes(padding)
     opt = b"\\0" + struct.pack("!HHIH", 41, 1232, 0, len(option)) + option
-    answer = struct.pack("!HHHIH4s", 0xC00C, 1, 1, 300, 4, bytes(4)) * records
     for number in range(first, last):
+        ttl = 300 + number * 7919 % seconds
+        answer = struct.pack("!HHHIH4s", 0xC00C, 1, 1, ttl, 4, bytes(4)) * records
         name = b"\\3www\\x0chost-%07d\\7example\\3com\\0" % number
         asked = struct.pack("!6H", 0, 256, 1, 0, 0, 0) + name + b"\\0\\1\\0\\1"
         query = dotproxy.parse_query(asked)
@@ -6147,12 +6160,12 @@ def fill(cache, first, last, records, padding):
         found = dotproxy.parse_response(message, 12 + len(query.question))
         cache.put(query.cache_key, found, 1000.0 + number / 1000)
 
-bound, names, records, padding = map(int, sys.argv[1:])
+bound, names, *what = map(int, sys.argv[1:])
 cache = dotproxy.Cache(bound)
-fill(cache, 0, names // 10, records, padding)  # takes what was free in the process
+fill(cache, 0, names // 10, *what)  # takes what was free in the process
 gc.collect()
 size, before = cache.size, resident()
-fill(cache, names // 10, names, records, padding)
+fill(cache, names // 10, names, *what)
 print(cache.size - size, resident() - before)
 """
 
@@ -6169,10 +6182,12 @@ class CacheBoundTest(DotproxyTestCase):
         """List those that are in the cache."""
         return [name for name in names if cache.get(cache_key(query(name)), now)]
 
-    def room_for(self, count: int) -> int:
-        cache = Cache(1 << 20)
-        self.put(cache, "a.test")
-        return cache.size * count
+    def room_for(self, count: int, seconds: int = 1) -> int:
+        """Return the size of so many names that expire in so many seconds."""
+        cache = Cache(1 << 30)
+        for number in range(count):
+            self.put(cache, f"{number}.test")
+        return cache.size + (seconds - 1) * dotproxy.CacheEntry.SECOND
 
     def test_least_recently_used_goes_first(self) -> None:
         cache = Cache(self.room_for(3))
@@ -6186,7 +6201,7 @@ class CacheBoundTest(DotproxyTestCase):
         self.assertEqual(everybody, ["a.test", "c.test", "d.test"])
 
     def test_expired_goes_before_live(self) -> None:
-        cache = Cache(self.room_for(3))
+        cache = Cache(self.room_for(3, seconds=3))
         self.put(cache, "a.test")
         self.put(cache, "b.test", ttl=20)
         self.put(cache, "c.test", ttl=10)
@@ -6198,7 +6213,7 @@ class CacheBoundTest(DotproxyTestCase):
         self.assertEqual(everybody, ["a.test", "d.test"])
 
     def test_renewed_entry_is_not_taken_for_an_expired_one(self) -> None:
-        cache = Cache(self.room_for(2))
+        cache = Cache(self.room_for(2, seconds=2))
         self.put(cache, "a.test", ttl=10)
         self.put(cache, "a.test", now=20.0)
         self.put(cache, "b.test", ttl=10, now=20.0)
@@ -6272,7 +6287,9 @@ class CacheBoundTest(DotproxyTestCase):
 
         self.assertLess(max(costs + late), 500)
 
-    def measure(self, bound: int, names: int, records: int, padding: int) -> float:
+    def measure(
+        self, bound: int, names: int, records: int, padding: int, seconds: int = 1
+    ) -> float:
         """Return the cache's size as a share of what its process grew by.
 
         Imported once before: to compile the module leaves memory free for the cache.
@@ -6281,7 +6298,8 @@ class CacheBoundTest(DotproxyTestCase):
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": _directory.name}
         for name in unwanted:
             environment.pop(f"PYTHON{name}", None)
-        arguments = [str(number) for number in (bound, names, records, padding)]
+        what = bound, names, records, padding, seconds
+        arguments = [str(number) for number in what]
         for script in ("import dotproxy", MEMORY_SCRIPT):
             done = subprocess.run(
                 [sys.executable, "-c", script, *arguments],
@@ -6296,6 +6314,11 @@ class CacheBoundTest(DotproxyTestCase):
 
     def test_size_of_100_000_names_is_honest(self) -> None:
         self.assertAlmostEqual(self.measure(1 << 30, 100_000, 1, 380), 1.0, delta=0.3)
+
+    def test_size_is_honest_where_all_expire_at_another_time(self) -> None:
+        size = self.measure(1 << 30, 60_000, 1, 0, 86400)
+
+        self.assertAlmostEqual(size, 1.0, delta=0.2)
 
     def test_size_of_large_answers_is_honest(self) -> None:
         self.assertAlmostEqual(self.measure(1 << 30, 60_000, 30, 0), 1.0, delta=0.3)
@@ -8323,6 +8346,24 @@ class DoTContractTest(DNSServerContract, DotproxyTestCase):
 
 class UDPServerTest(DotproxyTestCase):
     @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
+    def test_each_answer_goes_back_its_own_way(self) -> None:
+        proxy, pool, client = mock.Mock(), mock.Mock(), (LOCALHOST, 5353)
+        proxy.lookup_from.return_value = lambda asked, *_: dotproxy.parse_query(asked)
+        server = dotproxy.UDPServer(
+            (LOCALHOST, 0), proxy, pool, admission=dotproxy.Admission(), clock=Clock()
+        )
+        self.addCleanup(server.server_close)
+        ways: list[dotproxy.Way] = [[(0, 8, b"one")], [], [(0, 8, b"two")]]
+
+        with mock.patch.object(server, "reply") as reply:
+            server.process_request(([(query(), client)] * 3, ways), ("", 0))
+            ((finish,), _) = pool.submit.call_args
+            for _, answer in finish.args[0]:
+                answer(b"", client)
+
+        taken = [call.kwargs.get("way", []) for call in reply.call_args_list]
+        self.assertEqual(taken, ways)
+
     def test_wildcard_socket_answers_from_the_address_asked(self) -> None:
         with serving(host="[0.0.0.0]:0") as served:
             for host in ("127.0.0.1", "127.0.0.2", "127.1.2.3"):
