@@ -2156,8 +2156,7 @@ def flag_names(flags: int) -> list[str]:
 class Memo(dict[K, V]):
     """Values that are made when they are first asked for; for one thread.
 
-    A look costs a quarter of what it does with lru_cache. When it is full it begins
-    anew.
+    A look is a dict's own, without a call. When it is full it begins anew.
     """
 
     def __init__(self, make: Callable[[K], V], limit: int) -> None:
@@ -5784,8 +5783,6 @@ class Proxy:
             for exchange, found in results:
                 if not exchange.done:
                     finished.append((self._finish_locked(exchange), *found))
-            if not self._count:
-                self._idle.notify_all()
         self._answer(finished, now, upstream)
 
     def _answered_late(self, exchange: Exchange, now: float) -> bool:
@@ -5795,8 +5792,6 @@ class Proxy:
             return False
         with self._lock:
             waiters = [] if exchange.done else self._finish_locked(exchange)
-            if not self._count:
-                self._idle.notify_all()
         self._answer([(waiters, entry, CACHE)], now)
         return True
 
@@ -5829,8 +5824,14 @@ class Proxy:
         """Take an exchange out of those in flight; return who waits for it."""
         exchange.done = True
         del self._exchanges[exchange.query.key]
+        return self._release_locked(exchange)
+
+    def _release_locked(self, exchange: Exchange) -> Sequence[Waiter]:
+        """Have nobody wait for an exchange any more; return who did."""
         waiters, exchange.waiters = exchange.waiters, []
         self._count -= len(waiters)
+        if not self._count:
+            self._idle.notify_all()
         return waiters
 
     def _remember(
@@ -5859,10 +5860,7 @@ class Proxy:
     def _serve_stale(self, exchange: Exchange) -> None:
         """Answer from the stale entry who has waited long enough; ask on regardless."""
         with self._lock:
-            waiters, exchange.waiters = exchange.waiters, []
-            self._count -= len(waiters)
-            if not self._count:
-                self._idle.notify_all()
+            waiters = self._release_locked(exchange)
         entry, now = exchange.query.stale, self._clock()
         if waiters and entry is not None:
             entry.retry_at = now + Cache.STALE_RETRY
