@@ -116,7 +116,6 @@ import calendar
 import collections
 import contextlib
 import copy
-import dataclasses
 import enum
 import errno
 import functools
@@ -598,7 +597,6 @@ class Response:
         message: bytes = b"",
         counts: tuple[int, int, int] = (0, 0, 0),
         body: bytes = b"",
-        *,
         ttls: Sequence[int] = (),
         ttl_offsets: Sequence[int] = (),
     ) -> None:
@@ -607,8 +605,12 @@ class Response:
         self.counts = counts
         self.body = body
         self.rcode = flags & RCODE_MASK
-        self.longest_ttl = max(ttls) if ttls else 0
-        self.ttl: int | None = min(ttls) if ttls else None
+        self.ttl: int | None
+        if len(ttls) == 1:  # as in most: 0.3 us less
+            self.ttl = self.longest_ttl = ttls[0]
+        else:
+            self.longest_ttl = max(ttls) if ttls else 0
+            self.ttl = min(ttls) if ttls else None
         if self.longest_ttl >= 1 << 31:  # it means 0, RFC 2181 section 8
             self.ttl = 0
         self.ttl_offsets = ttl_offsets
@@ -704,7 +706,7 @@ def parse_response(message: bytes, end: int) -> Response:
         offsets += [offset - end + each for each in extra.ttl_offsets]
     counts = answers, authority, extra.kept
     body = message[end : offset + extra.octets]
-    response = Response(flags, message, counts, body, ttls=ttls, ttl_offsets=offsets)
+    response = Response(flags, message, counts, body, ttls, offsets)
     response.negative_ttl = negative_ttl
     if extra.rcode or extra.options:
         response.rcode |= extra.rcode
@@ -1207,6 +1209,24 @@ TABLE = {
 }
 
 
+def runs(values: Sequence[T]) -> list[tuple[T, int]]:
+    """Return the values, each with how many equal ones stand in a row.
+
+    For batches, whose values are mostly alike: half the time of a Counter.
+    """
+    if not values:
+        return []
+    found = []
+    last, times = values[0], 0
+    for value in values:
+        if value == last:
+            times += 1
+        else:
+            found.append((last, times))
+            last, times = value, 1
+    return [*found, (last, times)]
+
+
 class Histogram:
     """Counts of values up to each bound; guarded by its owner."""
 
@@ -1220,9 +1240,9 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
-    def observe_all(self, values: Iterable[float]) -> None:
+    def observe_all(self, values: Sequence[float]) -> None:
         """Count each value once; of a batch most are the same."""
-        for value, times in collections.Counter(values).items():
+        for value, times in runs(values):
             self.observe(value, times)
 
     def copy(self) -> Histogram:
@@ -1455,10 +1475,10 @@ class Metrics(Observer):
             for q, rcode, source in answers
         ]
         # Those of a batch came together: 0.1 us an answer less than to count each.
-        waits = collections.Counter([(source, q.received) for q, _, source in answers])
+        waits = runs([(source, q.received) for q, _, source in answers])
         with self._lock:
             self._count_locked(tally)
-            for (source, received), number in waits.items():
+            for (source, received), number in waits:
                 self._durations[source].observe(now - received, number)
                 if source in (UPSTREAM, LOCAL):
                     self._misses += number
@@ -6288,7 +6308,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         batch: list[Datagram] = []
         ways: list[Way] = []
         receive, size = self.socket.recvfrom, self.max_packet_size
-        with contextlib.suppress(BlockingIOError):
+        try:  # contextlib.suppress takes 1.5 us more
             for _ in range(self.BATCH):
                 if self._wildcard:
                     message, way, address = self._receive_with_way()
@@ -6296,6 +6316,8 @@ class UDPServer(socketserver.ThreadingUDPServer):
                     ways.append(way)
                 else:
                     batch.append(receive(size))
+        except BlockingIOError:
+            pass
         return (batch, ways), ("", 0)
 
     def verify_request(self, request: object, client_address: object) -> bool:
@@ -8392,8 +8414,7 @@ BACKLOG = 256  # batches of UDP queries that may wait for a worker: about 0.3 s 
 CLIENT_PATIENCE = 5.0  # s after which glibc's resolver gives up
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """All options, checked."""
 
     listen: tuple[Address, ...] = DEFAULT_LISTEN
@@ -9135,7 +9156,7 @@ def fit_descriptors(config: Config, listeners: int) -> Config:
         " LimitNOFILE=%d in the unit, or ulimit -n %d",
         *(limit, clients, config.max_tcp_clients, wanted, wanted),
     )
-    return dataclasses.replace(config, max_tcp_clients=clients)
+    return config._replace(max_tcp_clients=clients)
 
 
 # ---- Doctor --------------------------------------------------------------------------
