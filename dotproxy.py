@@ -7087,6 +7087,7 @@ class AdminServer(http.server.ThreadingHTTPServer):
 
     MAX_CLIENTS = 16  # connections at once; a probe, a scraper and some browsers
     DEADLINE = 5.0  # s for a request and its answer
+    request_queue_size = MAX_CLIENTS  # beyond it a client's SYN waits for a second
 
     def __init__(
         self,
