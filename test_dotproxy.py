@@ -3203,20 +3203,17 @@ class WorkerPoolTest(DotproxyTestCase):
         self.assertFalse(pool.submit(lambda: None))
 
     def test_close_does_not_wait_for_the_idle_time(self) -> None:
-        """The last task is still being taken when another thread is told to end."""
-        tasks = TardyQueue()
-        with mock.patch.object(queue, "SimpleQueue", lambda: tasks):
-            pool = self.pool(2)
-        pool.IDLE = 5.0
-        closing = threading.Thread(target=pool.close)
-        together = threading.Barrier(2)
+        pool = self.pool(2)
+        together = threading.Barrier(3)
         for _ in range(2):
             pool.submit(functools.partial(join, together))
+        join(together)
+        wait_until(lambda: pool._idle == 2)
+        closing = threading.Thread(target=pool.close)
 
-        pool.submit(tasks.last)
         closing.start()
 
-        closing.join(2)
+        closing.join(pool.IDLE / 2)
         self.assertFalse(closing.is_alive())
 
     def test_error_in_a_task_is_logged_and_the_next_runs(self) -> None:
@@ -3240,28 +3237,6 @@ class WorkerPoolTest(DotproxyTestCase):
             thread = threads.get(timeout=5)
             thread.join(5)
             self.assertFalse(thread.is_alive())
-
-
-class TardyQueue(queue.SimpleQueue):  # type: ignore[type-arg]
-    """Delays who gets the `last` task until another thread has got the end mark."""
-
-    def __init__(self) -> None:
-        self._ended = threading.Event()
-
-    def last(self) -> None:
-        """Do nothing, as the last task."""
-
-    def get(self, block: bool = True, timeout: float | None = None) -> object:
-        """Get the next task."""
-        if self._ended.is_set():
-            return super().get(block, timeout)
-        task = super().get(block, timeout)
-        if task is None:
-            self._ended.set()
-        elif task == self.last:
-            self._ended.wait(5)
-            time.sleep(0.05)  # until that thread has looked for what waits
-        return task
 
 
 # ---- Upstream connections ------------------------------------------------------------
