@@ -5893,9 +5893,9 @@ class Proxy:
         ]
         finished: list[Finished] = []
         with self._lock:
-            for exchange, found in results:
+            for exchange, (found, source) in results:
                 if not exchange.done:
-                    finished.append((self._finish_locked(exchange), *found))
+                    finished.append((self._finish_locked(exchange), found, source))
         self._answer(finished, now, upstream)
 
     def _answered_late(self, exchange: Exchange, now: float) -> bool:
@@ -6332,7 +6332,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
     ) -> None:
         """Answer what the cache can; turn away, hand to a worker, or drop the rest."""
         now, proxy, free = self.clock(), self.proxy, self.admission.free
-        lookup, misses = self._lookup, []
+        lookup, respond, misses = self._lookup, self.reply, []
         tally: list[Label] = []
         logged = proxy.witness.query_log is not None
         given: list[Given] = []
@@ -6342,13 +6342,13 @@ class UDPServer(socketserver.ThreadingUDPServer):
                 continue
             found = lookup(message, now, tally)
             if isinstance(found, bytes):
-                self.reply(found, address, way)
+                respond(found, address, way)
                 if logged:
                     given.append((message, found, address))
             elif found is not None:
                 found.client = address
                 found.received = now
-                reply = functools.partial(self.reply, way=way) if way else self.reply
+                reply = functools.partial(respond, way=way) if way else respond
                 misses.append((found, reply))
         if misses:
             finish = functools.partial(self._finish, misses, client_address)
