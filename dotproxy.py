@@ -8066,7 +8066,7 @@ PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
 # Modules that Python imports only at the first handshake, look-up or traceback. Who was
 # root may not be able to read them by then.
 LATE_MODULES = (
-    *("_strptime", "encodings.idna", "linecache", "tokenize", "traceback"),
+    *("_strptime", "ast", "encodings.idna", "linecache", "tokenize", "traceback"),
     "unicodedata",
 )
 DESCRIPTOR_RESERVE = 16  # for standard streams, look-ups of names, files, notifications

@@ -5566,7 +5566,7 @@ class FaultTest(ScenarioTestCase):
             results = client.run(100, 200)
 
             self.assert_right(results, 100)
-            self.assertLess(max(r.elapsed for r in results), 1.0)  # SILENCE is longer
+            self.assertLess(max(r.elapsed for r in results), 1.9)  # below SILENCE
 
     @staticmethod
     def wait_until_replaced(
