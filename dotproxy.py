@@ -2103,6 +2103,7 @@ PRIVACY = ("none", "prefix", "hash", "no-names")
 CLASS_NAMES = {1: "IN", 3: "CH", 4: "HS", 254: "NONE", 255: "ANY"}
 OPCODE_NAMES = {0: "QUERY", 1: "IQUERY", 2: "STATUS", 4: "NOTIFY", 5: "UPDATE"}
 FLAG_NAMES = {AA: "AA", TC: "TC", RD: "RD", RA: "RA", AD: "AD", CD: "CD"}
+OWN_ADDRESS = b"\xc0\x0c" + PAIR.pack(TYPE_A, CLASS_IN)  # of the name that was asked
 ADDRESS_TYPES = {(TYPE_A, 4), (TYPE_AAAA, 16)}  # and the octets of their data
 TRANSPORTS = {
     "udp": '"network.transport":"udp","labels.proto":"udp"',
@@ -2224,7 +2225,6 @@ class QueryLines(abc.ABC):
         self._origin = Memo(self._describe_origin, self.CACHED)
         self._around = Memo(self._describe_form, self.CACHED)
         self._number: Memo[int, str] = Memo(str, self.CACHED)
-        self._address = Memo(address_text, self.CACHED)
 
     def render(self, batches: Iterable[AnsweredBatch], offset: float) -> str:
         """Make lines; `offset`: from monotonic to wall-clock time."""
@@ -2438,6 +2438,12 @@ class JSONQueryLines(QueryLines):
     DOT = ""
     ADDRESSES = True
 
+    def __init__(self, privacy: str, *, key: bytes, prefix: str = "") -> None:
+        """Prepare, as the base class does."""
+        super().__init__(privacy, key=key, prefix=prefix)
+        self._address = Memo(address_text, self.CACHED)
+        self._lone = Memo(self._describe_lone, self.CACHED)
+
     def _begin(self, received: float) -> str:
         return f'{self._prefix}{{"@timestamp":"{timestamp(int(received * 1000))}",'
 
@@ -2477,17 +2483,27 @@ class JSONQueryLines(QueryLines):
         )
 
     def _addresses(self, answer: bytes, offset: int) -> str:
-        count = answer[6] << 8 | answer[7]
-        if not count or self._privacy == "no-names":
+        if self._privacy == "no-names":
             return ""
+        if answer[6:8] == b"\0\1" and answer.startswith(OWN_ADDRESS, offset):
+            return self._lone[answer[offset + 10 : offset + 16]]  # 0.3 us, not 1.0
         found = []
-        for _ in range(count):
+        for _ in range(answer[6] << 8 | answer[7]):
             compressed = answer[offset] >= 0xC0
             offset = offset + 2 if compressed else skip_name(answer, offset)
             rrtype, _, _, length = RECORD.unpack_from(answer, offset)
             offset += 10 + length
             if (rrtype, length) in ADDRESS_TYPES:
                 found.append(self._address[answer[offset - length : offset]])
+        return self._list_addresses(found)
+
+    def _describe_lone(self, data: bytes) -> str:
+        """Say what the one record of an answer is: RDLENGTH and RDATA of type A."""
+        found = [self._address[data[2:]]] if data.startswith(b"\0\4") else []
+        return self._list_addresses(found)
+
+    @staticmethod
+    def _list_addresses(found: Sequence[str]) -> str:
         known = '","'.join(found)
         return f',"dns.resolved_ip":["{known}"]' if known else ""
 

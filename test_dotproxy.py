@@ -2810,6 +2810,19 @@ class QueryLinesTest(DotproxyTestCase):
         }.items():
             self.assertEqual(got[name], value, name)
 
+    def test_json_has_addresses_alone(self) -> None:
+        asked = query("example.com")
+        for answer, found in (
+            (response(asked, "192.0.2.1"), ["192.0.2.1"]),
+            (response(asked, "192.0.2.1", "192.0.2.2"), ["192.0.2.1", "192.0.2.2"]),
+            (response(asked, record(b"\xc0\x0c", "A", b"\1" * 5)), None),
+            (response(asked, record(b"\xc0\x0c", "A", b"\1" * 260)), None),
+            (response(asked, record(b"\xc0\x0c", "TXT", b"\3abc")), None),
+            (response(asked), None),
+        ):
+            got = query_json(asked, answer)
+            self.assertEqual(got.get("dns.resolved_ip"), found)
+
     def test_privacy_of_clients(self) -> None:
         asked = query("example.com")
         answer = response(asked, "192.0.2.1")
