@@ -6379,9 +6379,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         """Log an error of ours."""
         logger.exception("internal error: server=udp")
 
-    def reply(
-        self, message: bytes, address: Address, way: Way = ()
-    ) -> None:
+    def reply(self, message: bytes, address: Address, way: Way = ()) -> None:
         """Send a response from the address that was asked; any thread, never blocks."""
         try:
             if way:
@@ -6391,9 +6389,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         except OSError as error:  # no room, or the client is gone: it will ask again
             logger.debug("answer dropped: client=%s error=%s", address[0], error)
 
-    def _admit(
-        self, message: bytes, address: Address, way: Way, now: float
-    ) -> bool:
+    def _admit(self, message: bytes, address: Address, way: Way, now: float) -> bool:
         """Tell whether to serve a query; one that is not is turned away.
 
         Then it is answered in fewer octets than it has, or not at all.
@@ -7860,8 +7856,9 @@ def draw_upstream(standing: Standing, status: Status) -> str:
         write_count(figures.sums(f"{prefix}failures_total")[name]),
         write_count(figures.get(f"{prefix}connections", name)),
         NONE if idle is None else f"{write_digits(idle)}\u202fs",
-        days if validity == "good" else f'<span class="{validity}">'
-        f"{draw_mark(validity)} {days}</span>",
+        days
+        if validity == "good"
+        else f'<span class="{validity}">{draw_mark(validity)} {days}</span>',
     )
     row = "".join(
         f'<td data-label="{label}">{cell}</td>' for label, cell in zip(COLUMNS, cells)
@@ -8750,9 +8747,7 @@ def add_admission_options(group: argparse._ArgumentGroup) -> None:
         help="queries a second of one public IPv4 address or IPv6 /56, twice that at "
         f"once; 0 for any number (default: {RATE_LIMIT})",
     )
-    add_flag(
-        group, "--rate-limit-all", "limit private addresses as well (default: no)"
-    )
+    add_flag(group, "--rate-limit-all", "limit private addresses as well (default: no)")
 
 
 def add_encrypted_options(group: argparse._ArgumentGroup) -> None:
@@ -10126,9 +10121,7 @@ def tune_collector() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-def wait_for_signal(
-    received: int, daemon: Daemon, supervisor: Supervisor
-) -> int:
+def wait_for_signal(received: int, daemon: Daemon, supervisor: Supervisor) -> int:
     """Wait for a signal at its pipe; meanwhile report to the supervisor."""
     while not select.select([received], [], [], supervisor.patience())[0]:
         alive = daemon.is_turning(time.monotonic())

@@ -2866,7 +2866,7 @@ class QueryLinesTest(DotproxyTestCase):
         self.assertIn('"A IN - udp', text)
 
     def test_any_octet_in_a_name_is_escaped(self) -> None:
-        name = b"\x05a.b\\\"\x03\n\xff \0"
+        name = b'\x05a.b\\"\x03\n\xff \0'
         asked = counted(1, 0, 0, 0, body=name + b"\0\1\0\1")
         answer = response(asked, rcode=3)
 
@@ -2970,6 +2970,24 @@ class QueryLogTest(DotproxyTestCase):
         self.assertEqual((self.lines(), log.dropped), (2 * log.BACKLOG, 8))
         told = [each.getMessage()[-8:] for each in logged.records]
         self.assertEqual(told, ["number=7", "number=1"])  # the second at the end
+
+    def test_batch_without_room_is_left_out_whole_and_counted(self) -> None:
+        log = self.open()
+        witness = dotproxy.Witness(query_log=log)
+        asked = query("example.com")
+        later = query_batch(asked, response(asked))
+        at_once = query_batch(asked, response(asked), source="cache")
+        assert isinstance(later, dotproxy.AnsweredLater)
+        assert isinstance(at_once, dotproxy.AnsweredAtOnce)
+        self.put(log, log.BACKLOG - 2)
+
+        witness.later([*later.answers] * 3, None, later.now)
+        witness.at_once([*at_once.labels] * 4, [*at_once.given] * 4, at_once.times)
+        witness.later([*later.answers] * 2, None, later.now)
+
+        with self.assertLogs(dotproxy.logger):
+            log.close()
+        self.assertEqual((self.lines(), log.dropped), (log.BACKLOG, 7))
 
     def test_losses_are_told_once_a_minute(self) -> None:
         log = self.open()
@@ -6754,9 +6772,7 @@ class ProxyTestCase(DotproxyTestCase):
     def setUp(self) -> None:
         self.build(Cache(1 << 20))
 
-    def build(
-        self, cache: Cache, guard: dotproxy.RebindingGuard | None = None
-    ) -> None:
+    def build(self, cache: Cache, guard: dotproxy.RebindingGuard | None = None) -> None:
         """Make the proxy around this cache."""
         self.clock = Clock()
         self.timer = ManualTimer(self.clock)
@@ -7415,9 +7431,7 @@ class ProxyPrefetchTest(ProxyTestCase):
 
 
 class ProxyMetricsTest(ProxyTestCase):
-    def build(
-        self, cache: Cache, guard: dotproxy.RebindingGuard | None = None
-    ) -> None:
+    def build(self, cache: Cache, guard: dotproxy.RebindingGuard | None = None) -> None:
         super().build(cache, guard)
         self.metrics = dotproxy.Metrics()
         self.proxy.witness.observer = self.metrics
@@ -10327,9 +10341,10 @@ class AdminPageTest(DotproxyTestCase):
         self.assertNotIn(host, page)
 
     def test_readings_are_taken_while_it_runs(self) -> None:
-        with mock.patch.object(dotproxy.History, "PERIOD", 0.01), serving(
-            answer, "--admin=0"
-        ) as served:
+        with (
+            mock.patch.object(dotproxy.History, "PERIOD", 0.01),
+            serving(answer, "--admin=0") as served,
+        ):
             claim = "<dt>Queries per second</dt><dd>0<"  # known from the second on
             wait_until(lambda: claim in self.get(served, "/")[2])
 
@@ -10712,7 +10727,7 @@ class StatusPageTest(DotproxyTestCase):
             (("new", "new"), "x", "warn", "Starting: no upstream is"),
             (("down", "down"), "", "warn", f"Serving from the cache alone: {outage}"),
             (("down", "new"), "x", "bad", f"Not serving: {outage}"),
-                    ):
+        ):
             with self.subTest(headline, states=states):
                 status = self.status(*states, trouble=trouble)
                 self.assertEqual(dotproxy.describe_service(status)[0], kind)
@@ -11476,17 +11491,13 @@ class HostExaminationTest(DotproxyTestCase):
     def test_address_for_encrypted_clients_is_examined(self) -> None:
         with socket.create_server((LOCALHOST, 0)) as holder:
             address = holder.getsockname()
-            taken = dotproxy.examine_stream_address(
-            address, "TLS", "--tls-listen"
-        )
+            taken = dotproxy.examine_stream_address(address, "TLS", "--tls-listen")
             ours = mock.patch.object(dotproxy, "find_holders", lambda *_: ["dotproxy"])
             with ours:
                 running = dotproxy.examine_stream_address(
-            address, "TLS", "--tls-listen"
-        )
-        free = dotproxy.examine_stream_address(
-            address, "TLS", "--tls-listen"
-        )
+                    address, "TLS", "--tls-listen"
+                )
+        free = dotproxy.examine_stream_address(address, "TLS", "--tls-listen")
 
         results = [finding.result for finding in (taken, running, free)]
         self.assertEqual(results, [FAIL, OK, OK])
