@@ -6229,7 +6229,7 @@ class CacheBoundTest(DotproxyTestCase):
         cache = Cache(1 << 30)
         for number in range(count):
             self.put(cache, f"{number}.test")
-        return cache.size + (seconds - 1) * dotproxy.CacheEntry.SECOND
+        return cache.size + (seconds - 1) * Cache.SECOND
 
     def test_least_recently_used_goes_first(self) -> None:
         cache = Cache(self.room_for(3))
