@@ -2207,8 +2207,7 @@ class MetricsTest(DotproxyTestCase):
         transport = "tcp", "2" if ":" in client else "1"
         asked = dotproxy.parse_query(query(do=True), transport)
         asked.received, asked.client = received, (client, 5353)
-        asked.answer = bytes(100)
-        return asked, rcode, source
+        return asked, bytes(100), rcode, source
 
     def test_answers_at_once_are_counted_by_what_they_are(self) -> None:
         tally = [label(), label(), label("stale", 28), label("local", 999, 5, True)]
@@ -2727,8 +2726,8 @@ def query_batch(
         times = ASKED_AT, TOOK
         return dotproxy.AnsweredAtOnce([(asked, answer, client)], [label], times)
     parsed = dotproxy.parse_query(asked, (proto, "1"))
-    parsed.answer, parsed.client, parsed.received = answer, client, ASKED_AT
-    answers = [(parsed, answer[3] & 15, source)]
+    parsed.client, parsed.received = client, ASKED_AT
+    answers = [(parsed, answer, answer[3] & 15, source)]
     return dotproxy.AnsweredLater(answers, upstream, ASKED_AT + TOOK)
 
 
