@@ -21,10 +21,10 @@ The path of a query
       Connection._read              receive, decrypt, match ID and question   [upstream]
         connection_answered         SERVFAIL or REFUSED: ask another upstream
         Proxy.complete              once: RebindingGuard.screen where it is wanted,
-                                    Cache.put, and an answer for all who wait
+                                    Cache.put_all, and an answer for all who wait
         reply                       sendto; never blocks
         Witness.later               metrics and query log, once for all these answers
-      Timer                         hedge, retry, stale answer, SERVFAIL at the deadline
+      Timer                         hedge, retry; Proxy.fail: stale answer or SERVFAIL
 
     TCP clients enter at the same lookup and resolve, from StreamHandler, with another
     reply; TCPServer.verify_request closes those of strangers, and one over its rate is
@@ -151,6 +151,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import (
     Callable,
     Hashable,
@@ -356,6 +357,7 @@ class Query:
         "received",  # when
         "size",  # octets of the message
         "stale",  # the expired cache entry that may answer it, set by the proxy
+        "store_key",  # under which its answer goes into the cache, or empty
     )
 
     def __init__(self, ident: int, question: bytes, form: Form, size: int) -> None:
@@ -369,6 +371,7 @@ class Query:
         # Lengths of labels are below "A", so lower() changes letters only.
         key = question[:-4].lower() + question[-4:] + form.key
         self.cache_key = key if form.cachable else b""
+        self.store_key = self.cache_key if not form.more_key else b""
         self.key = key + form.more_key
         self.client: ClientAddress = NO_CLIENT
         self.received = 0.0
@@ -1405,10 +1408,8 @@ class Observer:
     def answered_at_once(self, tally: list[Label], seconds: float) -> None:
         """These queries of one batch were answered by whom they came to."""
 
-    def answered(
-        self, answers: Sequence[Answered], upstream: Endpoint | None, now: float
-    ) -> None:
-        """These queries, which had to wait, have been answered."""
+    def answered(self, answers: Sequence[Answered], origin: Origin, now: float) -> None:
+        """These queries, which had to wait, have been answered together."""
 
     def turned_away(self, reason: str, number: int = 1) -> None:
         """So many queries or connections were turned away; `TURNED_AWAY` has why."""
@@ -1494,22 +1495,21 @@ class Metrics(Observer):
             for source in rest:
                 durations[source].observe(seconds)
 
-    def answered(
-        self, answers: Sequence[Answered], upstream: Endpoint | None, now: float
-    ) -> None:
+    def answered(self, answers: Sequence[Answered], origin: Origin, now: float) -> None:
         """Count those who had to wait."""
+        source, _ = origin
         tally = [
             (source, query.form, query.question[-4:-2], rcode, query.size, len(answer))
-            for query, answer, rcode, source in answers
+            for query, answer, rcode in answers
         ]
         # Those of a batch came together: 0.1 us an answer less than to count each.
-        waits = runs([(source, query.received) for query, _, _, source in answers])
+        waits = runs([query.received for query, _, _ in answers])
         with self._lock:
             self._count_locked(tally)
-            for (source, received), number in waits:
+            for received, number in waits:
                 self._durations[source].observe(now - received, number)
-                if source in (UPSTREAM, LOCAL):
-                    self._misses += number
+            if source in (UPSTREAM, LOCAL):
+                self._misses += len(answers)
 
     def turned_away(self, reason: str, number: int = 1) -> None:
         """Count them."""
@@ -2117,7 +2117,7 @@ class AnsweredLater(NamedTuple):
     """
 
     answers: Sequence[Answered]
-    upstream: Endpoint | None  # that answered
+    origin: Origin
     now: float  # monotonic
 
 
@@ -2265,19 +2265,18 @@ class QueryLines(abc.ABC):
     def _add_later(
         self, pieces: list[str], batch: AnsweredLater, offset: float
     ) -> None:
-        answers, upstream, now = batch
-        moment, known, full = -math.inf, "", self._privacy == "none"
-        labels = self._first_labels([query.question for query, *_ in answers])
-        for (query, answer, _, source), label in zip(answers, labels):
+        answers, origin, now = batch
+        moment, full = -math.inf, self._privacy == "none"
+        labels = self._first_labels([query.question for query, _, _ in answers])
+        for (query, answer, _), label in zip(answers, labels):
             question, client = query.question, query.client
             kind = query.form, question[question[0] + 1 :]
             before, between, behind = self._around[kind]
             # Queries that came together begin and end alike.
-            if query.received != moment or source is not known:
-                moment, known = query.received, source
-                where = upstream if source == UPSTREAM and upstream else ""
+            if query.received != moment:
+                moment = query.received
                 start = self._begin(moment + offset)
-                end = self._end(now - moment, self._origin[source, where])
+                end = self._end(now - moment, self._origin[origin])
             flags = answer[2] << 8 | answer[3]
             if not (answer[7] or answer[9]):
                 flags |= upper_rcode(answer) << 16
@@ -2321,7 +2320,7 @@ class QueryLines(abc.ABC):
                 self._addresses(answer, end_of_asked) if self.ADDRESSES else "",
                 self.AFTER_OUTCOME,
                 self._number[len(answer)],
-                self._end(seconds, self._origin[label[0], ""]),
+                self._end(seconds, self._origin[label[0], None]),
             )
 
     def _first_labels(self, questions: Sequence[bytes]) -> list[str]:
@@ -2396,7 +2395,7 @@ class QueryLines(abc.ABC):
     def _port(self, port: int) -> str: ...
 
     @abc.abstractmethod
-    def _describe_origin(self, key: tuple[str, Hashable]) -> str:
+    def _describe_origin(self, key: Origin) -> str:
         """Say what the source and the upstream are."""
 
 
@@ -2435,7 +2434,7 @@ class TextQueryLines(QueryLines):
     def _port(self, port: int) -> str:
         return f":{port}"
 
-    def _describe_origin(self, key: tuple[str, Hashable]) -> str:
+    def _describe_origin(self, key: Origin) -> str:
         return f"{key[0]} {key[1] or '-'}"
 
 
@@ -2545,7 +2544,7 @@ class JSONQueryLines(QueryLines):
     def _port(self, port: int) -> str:
         return f',"client.port":{port}'
 
-    def _describe_origin(self, key: tuple[str, Hashable]) -> str:
+    def _describe_origin(self, key: Origin) -> str:
         source, fields = key[0], upstream_fields(str(key[1]))
         return json_members({"labels.source": source, **fields})
 
@@ -2820,30 +2819,43 @@ class Cache:
 
     def put(self, key: bytes, response: Response, now: float) -> Response:
         """Store a response if it may be; return it as it is to be served."""
+        (served,) = self.put_all([(key, response)], now)
+        return served
+
+    def put_all(
+        self, items: Sequence[tuple[bytes, Response]], now: float
+    ) -> list[Response]:
+        """Store each response that may be; return them as they are to be served.
+
+        One whose key is empty is not stored. A batch of 25 takes 0.6 us less for each
+        than one after the other.
+        """
         if not self._max_bytes:
-            return response
-        ttl = self._life(response)
-        if ttl <= 0:
-            if response.rcode in (NOERROR, NXDOMAIN) and not response.flags & TC:
-                self._forget(key)  # it counts as refreshed, RFC 8767 section 4
-            return response
-        message = response.message
-        if not message or response.upstream_options:
-            message = message_to_keep(response, key[:-1])
-        expires = now + ttl
+            return [response for _, response in items]
+        served, entries, expiring = [], self._entries, self._expiring
         with self._lock:
-            if key not in self._entries or self._yields_locked(key, response):
-                self._entries[key] = message, now, expires
-                self._size += self.OVERHEAD + len(key) + len(message)
-                keys = self._expiring.get(int(expires))
-                if keys is None:
-                    keys = self._begin_second_locked(int(expires))
-                keys[key] = None
-                if self._size > self._max_bytes:
-                    self._shrink_locked(now)
-        if response.ttl == ttl and response.longest_ttl == ttl:
-            return response
-        return self._bounded(response)
+            for key, response in items:
+                ttl = self._life(response) if key else 0
+                if ttl <= 0:
+                    self._forget_locked(key, response)
+                    served.append(response)
+                    continue
+                message = response.message
+                if not message or response.upstream_options:
+                    message = message_to_keep(response, key[:-1])
+                if key not in entries or self._yields_locked(key, response):
+                    expires = now + ttl
+                    entries[key] = message, now, expires
+                    self._size += self.OVERHEAD + len(key) + len(message)
+                    keys = expiring.get(int(expires))
+                    if keys is None:
+                        keys = self._begin_second_locked(int(expires))
+                    keys[key] = None
+                same = response.ttl == ttl and response.longest_ttl == ttl
+                served.append(response if same else self._bounded(response))
+            if self._size > self._max_bytes:
+                self._shrink_locked(now)
+        return served
 
     def answer(self, entry: CacheEntry, query: Query, now: float) -> bytes:
         """Build an answer whose TTLs have counted down by whole seconds."""
@@ -2868,14 +2880,9 @@ class Cache:
         with self._lock:
             number = len(self._entries)
             self._entries.clear()
-            self._expiring, self._seconds, self._size = {}, [], 0
+            self._expiring.clear()
+            self._seconds, self._size = [], 0
         return number
-
-    def _forget(self, key: bytes) -> None:
-        if key in self._entries:
-            with self._lock:
-                if key in self._entries:
-                    self._remove_locked(key)
 
     def _life(self, response: Response) -> float:
         """Return for how many seconds a response may be stored, 0 for not at all."""
@@ -2916,6 +2923,15 @@ class Cache:
         if isinstance(entry, tuple):
             entry = self._entries[key] = CacheEntry(*entry)
         return entry
+
+    def _forget_locked(self, key: bytes, response: Response) -> None:
+        """Take an entry out that a response which may not be stored stands for.
+
+        It counts as refreshed, RFC 8767 section 4.
+        """
+        usable = response.rcode in (NOERROR, NXDOMAIN) and not response.flags & TC
+        if usable and key in self._entries:
+            self._remove_locked(key)
 
     def _yields_locked(self, key: bytes, response: Response) -> bool:
         """Take an entry out for a newer response, unless it is worth more than that."""
@@ -3658,8 +3674,8 @@ def describe_tls_error(error: ssl.SSLError, trust: Trust) -> UpstreamError:
 
 Reply = Callable[[bytes, ClientAddress], None]
 Waiter = tuple[Query, Reply]
-# A query, its answer, the RCODE, and where the answer came from: one of SOURCES.
-Answered = tuple[Query, bytes, int, str]
+Answered = tuple[Query, bytes, int]  # a query, its answer and the RCODE of that
+Origin = tuple[str, "Endpoint | None"]  # of answers: one of SOURCES, and the upstream
 
 
 class Exchange:
@@ -3670,6 +3686,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "__weakref__",
         "avoid",  # the connection that was used last; a copy takes another
         "copies",  # times it was sent
         "deadline",
@@ -4690,20 +4707,19 @@ class HedgeBudget:
         return True
 
 
-# What becomes of an exchange, and the seconds that an upstream took: see Answer.
-Outcome = tuple[Exchange, "Response | UpstreamError", float]
+Failure = tuple[Exchange, "Response | UpstreamError"]  # why it has no better answer
 
 
 class Plan:
     """What was decided under the lock, to be done without it."""
 
-    __slots__ = ("closes", "done", "sends", "starts")
+    __slots__ = ("closes", "failed", "sends", "starts")
 
     def __init__(self) -> None:
         self.sends: dict[Connection, list[Exchange]] = {}
         self.starts: list[Connection] = []
         self.closes: list[Connection] = []
-        self.done: list[Outcome] = []
+        self.failed: list[Failure] = []
 
     def send(self, connection: Connection, exchange: Exchange, now: float) -> None:
         """Have a copy of the exchange sent on this connection."""
@@ -5192,9 +5208,9 @@ class Dispatcher:
     def _give_up(self, plan: Plan, exchange: Exchange, text: str) -> None:
         self.parked.pop(exchange, None)
         if exchange.failure is not None:
-            plan.done.append((exchange, exchange.failure, 0.0))
+            plan.failed.append((exchange, exchange.failure))
             return
-        plan.done.append((exchange, self.fleet.explain(exchange, text), 0.0))
+        plan.failed.append((exchange, self.fleet.explain(exchange, text)))
 
 
 def keepalive_told(response: Response) -> float | None:
@@ -5225,8 +5241,9 @@ class SleepDetector:
 class UpstreamGroup(ConnectionOwner):
     """The upstreams of some names: sends exchanges until each has an answer or is late.
 
-    Every exchange given to `send` comes back through `complete` at least once, from any
-    thread, with no lock held; the first time counts. No method blocks but `close`.
+    Every exchange given to `send` comes back through `complete`, or through `fail` if
+    all went wrong, at least once, from any thread, with no lock held; the first time
+    counts. No method blocks but `close`.
     """
 
     ACTIVE = 60.0  # s after the last query in which connections are kept warm
@@ -5237,8 +5254,9 @@ class UpstreamGroup(ConnectionOwner):
         endpoints: Sequence[Endpoint],
         trust: Trust,
         timer: Timer,
-        complete: Callable[[Sequence[Outcome], Endpoint | None], None],
         *,
+        complete: Callable[[Sequence[Answer], Endpoint], None],
+        fail: Callable[[Sequence[Failure]], None],
         strategy: str = "fastest",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -5246,7 +5264,7 @@ class UpstreamGroup(ConnectionOwner):
     ) -> None:
         self._trust = trust
         self._timer = timer
-        self._complete = complete
+        self._complete, self._fail = complete, fail
         self._clock = clock
         # Guards all below, and of an exchange whatever is not `waiters` or `done`.
         self._lock = threading.Lock()
@@ -5281,7 +5299,7 @@ class UpstreamGroup(ConnectionOwner):
             self._note_sends_locked(plan)
             watching, self._watching = self._watching, True
         self._carry_out(plan, now)
-        self._timer.at(now + patience, functools.partial(self._check, exchanges))
+        self._check_at(now + patience, exchanges)
         if not watching:
             self._look()
 
@@ -5412,15 +5430,25 @@ class UpstreamGroup(ConnectionOwner):
         """Have the rest of its frames written in a moment."""
         self._timer.at(self._clock() + Timer.TICK, connection.resume)
 
-    def _check(self, exchanges: Sequence[Exchange]) -> None:
+    def _check_at(self, when: float, exchanges: Sequence[Exchange]) -> None:
+        """Have those exchanges looked at that are not answered by then.
+
+        The timer keeps none of them alive: with memory that is free to be used again as
+        soon as a query is answered, each costs 0.4 us less.
+        """
+        watched = [weakref.ref(exchange) for exchange in exchanges]
+        self._timer.at(when, functools.partial(self._check, watched))
+
+    def _check(self, watched: Sequence[weakref.ref[Exchange]]) -> None:
         """Look at exchanges that may be overdue; called by the timer."""
-        exchanges = [exchange for exchange in exchanges if not exchange.done]
+        known = [reference() for reference in watched]
+        exchanges = [each for each in known if each is not None and not each.done]
         if not exchanges:
             return
         with self._planning() as (plan, now):
             exchanges, due = self._dispatcher.overdue(plan, exchanges, now)
         if exchanges:
-            self._timer.at(due, functools.partial(self._check, exchanges))
+            self._check_at(due, exchanges)
 
     def _watch(self) -> None:
         self._timer.at(self._clock() + self.ROUND, self._look)
@@ -5472,8 +5500,8 @@ class UpstreamGroup(ConnectionOwner):
                     self._dispatcher.unsent(again, exchanges, now)
         for connection in plan.closes:
             connection.close()
-        if plan.done:
-            self._complete(plan.done, None)
+        if plan.failed:
+            self._fail(plan.failed)
 
     def _new_connection(self, upstream: Upstream, alone: Exchange | None) -> Connection:
         return Connection(
@@ -5787,17 +5815,15 @@ class Witness:
         if self.query_log is not None:
             self.query_log.put(AnsweredAtOnce(given, tally, times), len(given))
 
-    def later(
-        self, answers: Sequence[Answered], upstream: Endpoint | None, now: float
-    ) -> None:
+    def later(self, answers: Sequence[Answered], origin: Origin, now: float) -> None:
         """Tell the observer and the query log of queries that had to wait."""
-        self.observer.answered(answers, upstream, now)
+        self.observer.answered(answers, origin, now)
         if self.query_log is not None:
-            self.query_log.put(AnsweredLater(answers, upstream, now), len(answers))
+            self.query_log.put(AnsweredLater(answers, origin, now), len(answers))
 
 
-# Who gets an answer, what it is made from, and its source.
-Finished = tuple["Sequence[Waiter]", "Response | CacheEntry", str]
+# Who gets an answer, and what it is made from.
+Finished = tuple["Sequence[Waiter]", "Response | CacheEntry"]
 
 
 class Proxy:
@@ -5833,6 +5859,7 @@ class Proxy:
             trust=trust,
             timer=timer,
             complete=self.complete,
+            fail=self.fail,
             strategy=strategy,
             clock=clock,
             binding=ProcessorBinding(),
@@ -5917,7 +5944,7 @@ class Proxy:
             shed = self._shed_locked() if self._count > self._max_in_flight else []
         if shed:
             error = UpstreamError("overload", "too many queries in flight")
-            self._answer([(shed, failure_response(error), LOCAL)], now)
+            self._answer([(shed, failure_response(error))], (LOCAL, None), now)
             self.witness.observer.turned_away("overload", len(shed))
         for exchange in aging:
             serve = functools.partial(self._serve_stale, exchange)
@@ -5927,53 +5954,87 @@ class Proxy:
         if fresh:
             self._upstreams.send(fresh, now)
 
-    def complete(
-        self, outcomes: Sequence[Outcome], upstream: Endpoint | None = None
-    ) -> None:
-        """Answer everyone who waits for these exchanges, unless that was done.
-
-        `upstream`: the one that answered, where it was one.
-        """
+    def complete(self, answers: Sequence[Answer], upstream: Endpoint) -> None:
+        """Give everyone who waits for these exchanges the answer of an upstream."""
         now = self._clock()
+        exchanges: list[Exchange] = []
+        items: list[tuple[bytes, Response]] = []
+        for exchange, response, _ in answers:
+            if exchange.done:
+                continue
+            query = exchange.query
+            if self._guard is not None:
+                response = self._guard.screen(query, response)
+            exchanges.append(exchange)
+            items.append((query.store_key, response))
         # Into the cache first: who finds no exchange to join finds the answer there.
-        results = [
-            (exchange, self._remember(exchange, outcome, now))
-            for exchange, outcome, _ in outcomes
-            if not exchange.done
-        ]
+        responses = self._cache.put_all(items, now)
         finished: list[Finished] = []
         with self._lock:
-            for exchange, (found, source) in results:
+            for exchange, response in zip(exchanges, responses):
                 if not exchange.done:
-                    finished.append((self._finish_locked(exchange), found, source))
-        self._answer(finished, now, upstream)
+                    finished.append((self._finish_locked(exchange), response))
+        self._answer(finished, (UPSTREAM, upstream), now)
+
+    def fail(self, failures: Sequence[Failure]) -> None:
+        """Give everyone who waits for these exchanges what there is without an answer.
+
+        A stale one, or one that says why there is none.
+        """
+        now = self._clock()
+        for exchange, failure in failures:
+            if not exchange.done:
+                found, source = self._make_do(exchange, failure, now)
+                self._finish(exchange, found, source, now)
+
+    def _make_do(
+        self, exchange: Exchange, failure: Response | UpstreamError, now: float
+    ) -> tuple[Response | CacheEntry, str]:
+        """Return what to answer where no upstream does better, and its source."""
+        query = exchange.query
+        if query.stale is not None:
+            query.stale.retry_at = now + Cache.STALE_RETRY
+            return query.stale, STALE
+        if isinstance(failure, Response):
+            found, source, dear = failure, UPSTREAM, True
+        else:
+            found, source = failure_response(failure), LOCAL
+            dear = failure.cause == "timeout"
+        # Failures of the upstream and time-outs are dear; others happen at once again.
+        if dear and exchange.copies and query.store_key:
+            found = self._cache.put(query.store_key, found, now)
+        return found, source
 
     def _answered_late(self, exchange: Exchange, now: float) -> bool:
         """Answer a new exchange from the cache if it can since the lookup missed."""
         entry = self._cache.get(exchange.query.cache_key, now)
         if entry is None or now >= entry.expires:
             return False
-        with self._lock:
-            waiters = [] if exchange.done else self._finish_locked(exchange)
-        self._answer([(waiters, entry, CACHE)], now)
+        self._finish(exchange, entry, CACHE, now)
         return True
 
-    def _answer(
-        self, finished: Sequence[Finished], now: float, upstream: Endpoint | None = None
+    def _finish(
+        self, exchange: Exchange, found: Response | CacheEntry, source: str, now: float
     ) -> None:
+        """Answer everyone who waits for an exchange, unless that was done."""
+        with self._lock:
+            waiters = [] if exchange.done else self._finish_locked(exchange)
+        self._answer([(waiters, found)], (source, None), now)
+
+    def _answer(self, finished: Sequence[Finished], origin: Origin, now: float) -> None:
         """Answer everyone who waits, and tell the witness."""
         answered: list[Answered] = []
-        for waiters, found, source in finished:
+        for waiters, found in finished:
             for query, reply in waiters:
                 if isinstance(found, Response):
                     message, rcode = build_answer(query, found), found.rcode
                 else:
-                    message = self._answer_cached(query, found, source, now)
+                    message = self._answer_cached(query, found, origin[0], now)
                     rcode = message[3] & RCODE_MASK
                 reply(message, query.client)
-                answered.append((query, message, rcode, source))
+                answered.append((query, message, rcode))
         if answered:
-            self.witness.later(answered, upstream, now)
+            self.witness.later(answered, origin, now)
 
     def _answer_cached(
         self, query: Query, entry: CacheEntry, source: str, now: float
@@ -5991,29 +6052,6 @@ class Proxy:
             self._idle.notify_all()
         return exchange.waiters
 
-    def _remember(
-        self, exchange: Exchange, outcome: Response | UpstreamError, now: float
-    ) -> tuple[Response | CacheEntry, str]:
-        """Cache an outcome; return what to answer, and what that is: its source."""
-        query, cachable = exchange.query, exchange.query.key == exchange.query.cache_key
-        if isinstance(outcome, Response) and outcome.rcode not in FAILURE_RCODES:
-            if self._guard is not None:
-                outcome = self._guard.screen(query, outcome)
-            if cachable:
-                outcome = self._cache.put(query.key, outcome, now)
-            return outcome, UPSTREAM
-        if query.stale is not None:
-            query.stale.retry_at = now + Cache.STALE_RETRY
-            return query.stale, STALE
-        source = UPSTREAM if isinstance(outcome, Response) else LOCAL
-        # Failures of the upstream and time-outs are dear; others happen at once again.
-        dear = isinstance(outcome, Response) or outcome.cause == "timeout"
-        if isinstance(outcome, UpstreamError):
-            outcome = failure_response(outcome)
-        if dear and exchange.copies and cachable:
-            outcome = self._cache.put(query.key, outcome, now)
-        return outcome, source
-
     def _serve_stale(self, exchange: Exchange) -> None:
         """Answer from the stale entry who has waited long enough; ask on regardless."""
         with self._lock:
@@ -6026,7 +6064,7 @@ class Proxy:
         entry, now = exchange.query.stale, self._clock()
         if waiters and entry is not None:
             entry.retry_at = now + Cache.STALE_RETRY
-            self._answer([(waiters, entry, STALE)], now)
+            self._answer([(waiters, entry)], (STALE, None), now)
 
     def _refresh(self, query: Query) -> None:
         """Ask for a cached answer again, with nobody waiting."""

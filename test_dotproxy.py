@@ -2198,16 +2198,12 @@ class MetricsTest(DotproxyTestCase):
         return sample(self.metrics.samples(), name, *labels)
 
     def answered(
-        self,
-        rcode: int,
-        source: str,
-        received: float = 1000.0,
-        client: str = "192.0.2.1",
+        self, rcode: int, received: float = 1000.0, client: str = "192.0.2.1"
     ) -> dotproxy.Answered:
         transport = "tcp", "2" if ":" in client else "1"
         asked = dotproxy.parse_query(query(do=True), transport)
         asked.received, asked.client = received, (client, 5353)
-        return asked, bytes(100), rcode, source
+        return asked, bytes(100), rcode
 
     def test_answers_at_once_are_counted_by_what_they_are(self) -> None:
         tally = [label(), label(), label("stale", 28), label("local", 999, 5, True)]
@@ -2232,12 +2228,9 @@ class MetricsTest(DotproxyTestCase):
                 self.assertEqual(self.value(name, *labels), number)
 
     def test_answer_that_was_waited_for_counts_with_its_time(self) -> None:
-        answered = [
-            self.answered(2, "upstream", 999.0),
-            self.answered(2, "upstream", 998.0, "2001:db8::1"),
-        ]
+        answered = [self.answered(2, 999.0), self.answered(2, 998.0, "2001:db8::1")]
 
-        self.metrics.answered(answered, None, 1000.0)
+        self.metrics.answered(answered, ("upstream", UPSTREAM_NAME), 1000.0)
 
         found = {
             name: value
@@ -2253,7 +2246,7 @@ class MetricsTest(DotproxyTestCase):
         self.assertEqual(self.value("dotproxy_dns_do_requests_total"), 2)
 
     def test_answer_that_came_too_late_to_be_a_hit_is_no_miss(self) -> None:
-        self.metrics.answered([self.answered(0, "cache")], None, 1000.0)
+        self.metrics.answered([self.answered(0)], ("cache", None), 1000.0)
 
         self.assertEqual(self.value("dotproxy_cache_misses_total"), 0)
         self.assertEqual(self.value("dotproxy_cache_hits_total"), 1)
@@ -2727,8 +2720,8 @@ def query_batch(
         return dotproxy.AnsweredAtOnce([(asked, answer, client)], [label], times)
     parsed = dotproxy.parse_query(asked, (proto, "1"))
     parsed.client, parsed.received = client, ASKED_AT
-    answers = [(parsed, answer, answer[3] & 15, source)]
-    return dotproxy.AnsweredLater(answers, upstream, ASKED_AT + TOOK)
+    answers = [(parsed, answer, answer[3] & 15)]
+    return dotproxy.AnsweredLater(answers, (source, upstream), ASKED_AT + TOOK)
 
 
 def query_line(
@@ -2980,9 +2973,9 @@ class QueryLogTest(DotproxyTestCase):
         assert isinstance(at_once, dotproxy.AnsweredAtOnce)
         self.put(log, log.BACKLOG - 2)
 
-        witness.later([*later.answers] * 3, None, later.now)
+        witness.later([*later.answers] * 3, later.origin, later.now)
         witness.at_once([*at_once.labels] * 4, [*at_once.given] * 4, at_once.times)
-        witness.later([*later.answers] * 2, None, later.now)
+        witness.later([*later.answers] * 2, later.origin, later.now)
 
         with self.assertLogs(dotproxy.logger):
             log.close()
@@ -4426,7 +4419,7 @@ class DispatcherTest(FleetTestCase):
     def carry_out(self, plan: Plan) -> Plan:
         for connection, sent in plan.sends.items():
             connection.send(sent, self.now)
-        for exchange, _, _ in plan.done:
+        for exchange, _ in plan.failed:
             exchange.done = True
         return plan
 
@@ -4520,7 +4513,7 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.look(asked, 4.0)
 
-        self.assertEqual([exchange for exchange, _, _ in plan.done], asked)
+        self.assertEqual([exchange for exchange, _ in plan.failed], asked)
 
     def test_servfail_asks_another(self) -> None:
         first, second = self.open_all(0.01, 0.02)
@@ -4537,7 +4530,7 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.refuse(second, asked[0], Rcode.REFUSED)
 
-        outcome = plan.done[0][1]
+        outcome = plan.failed[0][1]
         assert isinstance(outcome, dotproxy.Response)
         self.assertEqual(outcome.rcode, Rcode.SERVFAIL)
 
@@ -4548,15 +4541,15 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.refuse(first, asked[0], Rcode.SERVFAIL)
 
-        self.assertFalse(plan.done or plan.sends)
+        self.assertFalse(plan.failed or plan.sends)
 
     def test_servfail_does_not_wait_long_for_who_connects(self) -> None:
         first = self.open(self.upstreams[0])
         asked, _ = self.first()
         self.refuse(first, asked[0], Rcode.SERVFAIL)
 
-        self.assertFalse(self.look(asked, 0.9).done)
-        self.assertTrue(self.look(asked, 0.2).done)
+        self.assertFalse(self.look(asked, 0.9).failed)
+        self.assertTrue(self.look(asked, 0.2).failed)
 
     def test_lost_query_goes_out_again(self) -> None:
         first, second = self.open_all(0.01, 0.02)
@@ -4627,7 +4620,7 @@ class DispatcherTest(FleetTestCase):
             self.assertFalse(done)
             for connection in self.alone():
                 self.opened(connection)
-                done += [exchange for exchange, _, _ in self.lose(connection).done]
+                done += [exchange for exchange, _ in self.lose(connection).failed]
 
         self.assertEqual(done, asked)
 
@@ -4636,7 +4629,7 @@ class DispatcherTest(FleetTestCase):
 
         for _ in range(20):
             for connection in self.alone():
-                self.assertFalse(self.lose(connection, "refused").done)
+                self.assertFalse(self.lose(connection, "refused").failed)
 
         self.assertEqual(asked[0].losses, Dispatcher.ALONE_AFTER)
 
@@ -4663,7 +4656,7 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.lose(self.last(self.upstreams[0]), "refused")
 
-        self.assertFalse(plan.done)
+        self.assertFalse(plan.failed)
 
     def test_parked_query_is_given_up_without_hope(self) -> None:
         asked, _ = self.first()
@@ -4671,7 +4664,7 @@ class DispatcherTest(FleetTestCase):
 
         plan = self.lose(self.last(self.upstreams[1]), "refused")
 
-        self.assertEqual([exchange for exchange, _, _ in plan.done], asked)
+        self.assertEqual([exchange for exchange, _ in plan.failed], asked)
 
     def test_query_fails_at_once_while_all_are_down(self) -> None:
         self.first()
@@ -4680,7 +4673,7 @@ class DispatcherTest(FleetTestCase):
 
         asked, plan = self.first()
 
-        self.assertEqual([exchange for exchange, _, _ in plan.done], asked)
+        self.assertEqual([exchange for exchange, _ in plan.failed], asked)
 
     def test_doubtful_upstream_is_probed_with_copies(self) -> None:
         first, second = self.open_all(0.01, 0.02)
@@ -6712,18 +6705,20 @@ class FakeGroup:
     def __init__(self) -> None:
         self.sent: list[Exchange] = []
         self.waiting: list[Exchange] = []
-        self._complete: Callable[[list[dotproxy.Outcome]], None]
+        self._complete: Callable[[list[dotproxy.Answer], Endpoint], None]
+        self._fail: Callable[[list[dotproxy.Failure]], None]
 
     def join(
         self,
         endpoints: object,
         trust: object,
         timer: object,
-        complete: Callable[[list[dotproxy.Outcome]], None],
+        complete: Callable[[list[dotproxy.Answer], Endpoint], None],
+        fail: Callable[[list[dotproxy.Failure]], None],
         **_: object,
     ) -> FakeGroup:
         """Be constructed: stands for the class UpstreamGroup."""
-        self._complete = complete
+        self._complete, self._fail = complete, fail
         return self
 
     def send(self, exchanges: Sequence[Exchange], now: float) -> None:
@@ -6741,10 +6736,13 @@ class FakeGroup:
         waiting, self.waiting = self.waiting, []
         for exchange in waiting:
             if isinstance(build, UpstreamError):
-                self._complete([(exchange, build, 0.0)])
+                self._fail([(exchange, build)])
                 continue
-            message = build(b"\0\0" + exchange.wire)
-            self._complete([(exchange, read_response(message), 0.0)])
+            answer = read_response(build(b"\0\0" + exchange.wire))
+            if answer.rcode in dotproxy.FAILURE_RCODES:
+                self._fail([(exchange, answer)])
+            else:
+                self._complete([(exchange, answer, 0.0)], UPSTREAM_NAME)
 
     def answer(
         self,
@@ -6996,15 +6994,15 @@ class ProxyCacheTest(ProxyTestCase):
     ) -> None:
         self.ask()
         late: list[list[Message]] = []
-        put = Cache.put
+        put_all = Cache.put_all
 
         def slow_put(
-            cache: Cache, key: bytes, found: dotproxy.Response, now: float
-        ) -> dotproxy.Response:
+            cache: Cache, items: list[tuple[bytes, dotproxy.Response]], now: float
+        ) -> list[dotproxy.Response]:
             late.append(self.ask())
-            return put(cache, key, found, now)
+            return put_all(cache, items, now)
 
-        with mock.patch.object(Cache, "put", slow_put):
+        with mock.patch.object(Cache, "put_all", slow_put):
             self.group.answer("192.0.2.1")
 
         self.assertEqual(len(self.group.sent), 1)
