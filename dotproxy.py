@@ -314,6 +314,7 @@ class Form:
         "options",  # EDNS options to pass on, as on the wire
         "padded",  # whether the answer is, RFC 7830 section 4
         "refusal",  # RCODE to refuse it with, or 0
+        "storable",  # whether the answer may go into the cache
         "transport",  # how it came
         "upstream_head",  # header of the upstream query, without the ID
     )
@@ -332,8 +333,9 @@ class Form:
         flags, edns_flags = self.flags, self.edns_flags
         plain = not (flags & Z or self.options or edns_flags & ~DO)
         self.cachable = plain
+        self.storable = bool(plain and flags & RD)
         self.key = KEY_BITS[flags & CD | edns_flags >> 15]
-        if not (plain and flags & RD):
+        if not self.storable:
             self.more_key = PAIR.pack(flags & (RD | Z), edns_flags) + self.options
         self.answer_flags = flags & (RD | CD)
         # AD is for clients that understand it, RFC 6840 section 5.7.
@@ -370,12 +372,18 @@ class Query:
         # ask. With RD=0 an answer is taken from the cache but not put there.
         # Lengths of labels are below "A", so lower() changes letters only.
         key = question[:-4].lower() + question[-4:] + form.key
-        self.cache_key = key if form.cachable else b""
-        self.store_key = self.cache_key if not form.more_key else b""
-        self.key = key + form.more_key
+        if form.storable:
+            self.key = self.cache_key = self.store_key = key
+        else:
+            self.key = key + form.more_key
+            self.cache_key = key if form.cachable else b""
+            self.store_key = b""
         self.client: ClientAddress = NO_CLIENT
         self.received = 0.0
         self.stale: CacheEntry | None = None
+
+
+LABEL_SIZES = tuple(range(1, 65))  # by their first octet; a larger one is no length
 
 
 def end_of_question(message: bytes) -> int:
@@ -383,11 +391,9 @@ def end_of_question(message: bytes) -> int:
     offset = 12
     try:
         while length := message[offset]:
-            if length > 63:
-                raise FormatError(f"label type {length:#x} in the question")
-            offset += length + 1
+            offset += LABEL_SIZES[length]
     except IndexError:
-        raise FormatError("question past the end") from None
+        raise FormatError("question past the end, or with another label") from None
     if offset - 11 > MAX_NAME:
         raise FormatError("QNAME longer than 255 octets")
     if offset + 5 > len(message):
@@ -498,7 +504,8 @@ def parse_form(message: bytes, end: int, transport: Transport) -> Form:
         raise FormatError("octets after the question")
     form.settle()
     # ANY is never in the cache: the whole answer that TCP clients get is not for UDP.
-    form.cachable &= message[end - 4] > 0 or message[end - 3] != TYPE_ANY
+    if message[end - 4] == 0 and message[end - 3] == TYPE_ANY:
+        form.cachable = form.storable = False
     return form
 
 
@@ -2889,13 +2896,15 @@ class Cache:
         ttl, rcode, negative_ttl = response.ttl, response.rcode, response.negative_ttl
         if response.flags & TC:  # RFC 2181 section 9
             return 0
-        if rcode in FAILURE_RCODES:
+        if rcode == NOERROR and negative_ttl is None:
+            ttl = ttl if response.counts[0] else 0
+        elif rcode in FAILURE_RCODES:
             return self._fail_ttl
-        if negative_ttl is not None:
+        elif rcode in (NOERROR, NXDOMAIN) and negative_ttl is not None:
             ttl = min(ttl or 0, negative_ttl, self.NEGATIVE_MAX)
-        elif rcode == NXDOMAIN or not response.counts[0]:
+        else:
             return 0
-        if not ttl or rcode not in (NOERROR, NXDOMAIN):
+        if not ttl:
             return 0
         if self._min_ttl <= ttl <= self._max_ttl:
             return ttl
@@ -2943,12 +2952,14 @@ class Cache:
     def _shrink_locked(self, now: float) -> None:
         """Evict what has expired first, else what was used least."""
         second, goal = int(now), self._max_bytes - self._max_bytes // self.SLACK
+        entries, before = self._entries, len(self._entries)
         while self._size > goal:
             if self._seconds[0] < second and (key := self._expired_locked(second)):
-                self._remove_locked(key)
+                self._drop_locked(key, entries.pop(key))
             else:
-                self._drop_locked(*self._entries.popitem(False))
-            self._evictions += 1
+                key, entry = entries.popitem(False)
+                self._drop_locked(key, entry)
+        self._evictions += before - len(entries)
 
     def _begin_second_locked(self, second: int) -> dict[bytes, None]:
         """Return where to note keys that expire in this second, none as yet."""
@@ -3115,15 +3126,15 @@ class LocalAnswers:
         }
         self._tails = {(apex + bytes(4))[self.TAIL] for apex in self._zones}
 
-    def respond(self, query: Query, stream: bool) -> Response | None:
-        """Return the answer if it is to be given here; `stream`: asked over TCP.
+    def respond(self, query: Query) -> Response | None:
+        """Return the answer if it is to be given here.
 
         Where it is not, as for most, that costs 0.1 us.
         """
         question = query.question
         if question[self.TAIL].lower() not in self._tails and question[-3] != TYPE_ANY:
             return None
-        if question[-4:] == self.ANY_IN and not stream:
+        if question[-4:] == self.ANY_IN and query.form.transport[0] == "udp":
             return self.MINIMAL_ANY
         name = query.key[: len(question) - 4]  # the key begins with it, in lower case
         for domain in lineage(name):
@@ -5606,13 +5617,13 @@ class Shelf:
             sizes = len(message), len(answer)
             tally.append((LOCAL, formless(transport), b"", error.rcode, *sizes))
             return answer
-        form, stream = query.form, transport[0] != "udp"
+        form = query.form
         if form.refusal:
             refusal = error_response(form.refusal)
             return self._answer_locally(query, refusal, tally)
         entry = self._cache.get(query.cache_key, now) if form.cachable else None
         if entry is None:
-            response = self._local.respond(query, stream)
+            response = self._local.respond(query)
             return self._answer_locally(query, response, tally) if response else query
         if now >= entry.expires:
             return self._look_up_stale(query, entry, now, tally)
@@ -5624,7 +5635,7 @@ class Shelf:
         answer = self._cache.answer(entry, query, now)
         label = label_answer(query, CACHE, answer[3] & RCODE_MASK, len(answer))
         tally.append(label)
-        if not stream:
+        if transport[0] == "udp":
             ready = answer[2:], entry, one_label(label)
             self._keep_hot(self._hot[transport], message[2:], ready, now)
         return answer
@@ -5646,7 +5657,7 @@ class Shelf:
         self, query: Query, entry: CacheEntry, now: float, tally: list[Label]
     ) -> bytes | Query:
         """Answer at once where that failed before, else have it asked for again."""
-        if query.key != query.cache_key:  # RFC 8767 section 4: never with RD=0
+        if not query.form.storable:  # RFC 8767 section 4: never with RD=0
             return query
         if entry.retry_at <= entry.expires:
             query.stale = entry
@@ -5974,6 +5985,7 @@ class Proxy:
             for exchange, response in zip(exchanges, responses):
                 if not exchange.done:
                     finished.append((self._finish_locked(exchange), response))
+            self._tell_if_idle_locked()
         self._answer(finished, (UPSTREAM, upstream), now)
 
     def fail(self, failures: Sequence[Failure]) -> None:
@@ -6019,6 +6031,7 @@ class Proxy:
         """Answer everyone who waits for an exchange, unless that was done."""
         with self._lock:
             waiters = [] if exchange.done else self._finish_locked(exchange)
+            self._tell_if_idle_locked()
         self._answer([(waiters, found)], (source, None), now)
 
     def _answer(self, finished: Sequence[Finished], origin: Origin, now: float) -> None:
@@ -6048,9 +6061,11 @@ class Proxy:
         exchange.done = True
         del self._exchanges[exchange.query.key]
         self._count -= len(exchange.waiters)
+        return exchange.waiters
+
+    def _tell_if_idle_locked(self) -> None:
         if not self._count:
             self._idle.notify_all()
-        return exchange.waiters
 
     def _serve_stale(self, exchange: Exchange) -> None:
         """Answer from the stale entry who has waited long enough; ask on regardless."""
@@ -6059,8 +6074,7 @@ class Proxy:
                 return
             waiters, exchange.waiters = exchange.waiters, []
             self._count -= len(waiters)
-            if not self._count:
-                self._idle.notify_all()
+            self._tell_if_idle_locked()
         entry, now = exchange.query.stale, self._clock()
         if waiters and entry is not None:
             entry.retry_at = now + Cache.STALE_RETRY

@@ -6378,7 +6378,7 @@ def local_answer(
     local = dotproxy.LocalAnswers([dotproxy.encode_domain(text) for text in exempt])
     message = query(name, rrtype, rrclass=rrclass, do=do)
     asked = dotproxy.parse_query(message, TCP if stream else UDP)
-    found = local.respond(asked, stream)
+    found = local.respond(asked)
     return parse(dotproxy.build_answer(asked, found)) if found else None
 
 
@@ -6512,7 +6512,7 @@ class LocalAnswersTest(DotproxyTestCase):
         for name in (b"\x09foo\5local\0", b"\x06x.test\0"):
             with self.subTest(name):
                 asked = dotproxy.parse_query(query(name))
-                self.assertIsNone(dotproxy.LocalAnswers().respond(asked, False))
+                self.assertIsNone(dotproxy.LocalAnswers().respond(asked))
 
     def test_ds_of_a_zone_is_the_parents_to_answer(self) -> None:
         for zone in ("home.arpa", "10.in-addr.arpa", "onion"):
