@@ -4795,21 +4795,21 @@ class Fleet:
                 continue
             connection = upstream.usable(now, avoid)
             if connection is not None:
-                doubt = self.doubts(upstream, connection, now)
-                found.append((doubt, self._score(upstream, connection), connection))
+                found.append(connection)
         if len(found) > 1:
-            found.sort(key=lambda entry: entry[:2])
-        return [connection for _, _, connection in found]
+            found.sort(key=lambda each: (self.doubts(each, now), self._score(each)))
+        return found
 
-    def doubts(self, upstream: Upstream, connection: Connection, now: float) -> bool:
+    def doubts(self, connection: Connection, now: float) -> bool:
         """Tell whether to prefer any other: it has not answered when it should have."""
+        upstream = self.homes[connection]
         return upstream.health.doubtful or upstream.silent(connection, now)
 
     def spread(self, ranked: list[Connection], now: float) -> list[Connection]:
         """Return those that share new queries: one, or all in turn without doubts."""
         if self._strategy in ("fastest", "failover") or len(ranked) == 1:
             return ranked[:1]
-        sure = [c for c in ranked if not self.doubts(self.homes[c], c, now)]
+        sure = [c for c in ranked if not self.doubts(c, now)]
         self._turn += 1
         return sure or ranked[:1]
 
@@ -4937,7 +4937,8 @@ class Fleet:
         cause = worst.cause if worst else "timeout"
         return UpstreamError(cause, f"{names}: {worst or text or 'not connected'}")
 
-    def _score(self, upstream: Upstream, connection: Connection) -> float:
+    def _score(self, connection: Connection) -> float:
+        upstream = self.homes[connection]
         if self._strategy == "failover":
             return upstream.index
         if self._strategy == "round-robin":
