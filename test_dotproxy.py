@@ -3690,6 +3690,25 @@ class ConnectionTest(DotproxyTestCase):
         self.assertEqual(self.owner.answered, exchanges[:1])
         self.assertEqual(set(self.owner.orphans), set(exchanges[1:]))
 
+    def test_answers_behind_an_id_that_nobody_asked_with_do_not_count(self) -> None:
+        def script(message: Message, connection: FakeConnection) -> None:
+            if len(connection.queries) == 2:
+                good, behind = (
+                    response(each.raw, "192.0.2.1") for each in connection.queries
+                )
+                taken = {each.id for each in connection.queries}
+                free = next(number for number in range(3) if number not in taken)
+                connection.send(good, struct.pack("!H", free) + good[2:], behind)
+
+        exchanges = [asking(query(f"{n}.example")) for n in range(2)]
+        with FakeUpstream(script) as upstream, self.connected(upstream) as connection:
+            connection.send(exchanges, 0.0)
+            self.assertTrue(self.owner.lost.wait(5))
+
+        self.assertEqual(self.owner.answered, exchanges[:1])
+        self.assertEqual(self.owner.orphans, exchanges[1:])
+        self.assertIn("ID", str(self.owner.error))
+
     def test_second_answer_to_one_query_ends_the_connection(self) -> None:
         def twice(message: Message, connection: FakeConnection) -> None:
             connection.send(*[response(message.raw, "192.0.2.1")] * 2)
@@ -4835,6 +4854,18 @@ class ProxyTest(StubProxyTestCase):
 
         self.assertEqual(len(self.answers), 201)
         self.assertEqual(self.proxy.in_flight, 99)
+
+    def test_question_is_forgotten_once_it_is_answered(self) -> None:
+        self.proxy.start()
+        self.connections[0].open()
+        self.ask("a.example")
+        (exchange,) = self.proxy._exchanges.values()
+        watched = weakref.ref(exchange)
+        del exchange
+
+        self.connections[0].answer()
+
+        self.assertIsNone(watched())
 
     def test_shed_question_can_be_asked_again(self) -> None:
         self.build(max_in_flight=1)
@@ -6153,6 +6184,45 @@ class CacheTest(DotproxyTestCase):
                 self.put(rcode=rcode, now=1020.0)
 
                 self.assertIsNone(self.cache.get(KEY, 1020.0))
+
+    def test_batch_comes_back_in_order_stored_or_not(self) -> None:
+        found = [
+            read_response(response(ASKED, f"192.0.2.{ttl}", ttl=ttl))
+            for ttl in (1, 0, 3, 4)
+        ]
+        keys = b"a", b"b", b"", b"d"
+
+        served = self.cache.put_all(list(zip(keys, found)), 1000.0)
+
+        self.assertEqual(served, found)
+        self.assertEqual(
+            [key in self.cache for key in keys], [True, False, False, True]
+        )
+
+    def answer_again(self, message: bytes, found: dotproxy.Response) -> Message:
+        """Have a response to this query stored; return what is served of it."""
+        asked = dotproxy.parse_query(message)
+        self.cache.put(asked.cache_key, found, 1000.0)
+        entry = self.cache.get(asked.cache_key, 1000.5)
+        assert entry is not None
+        return parse(self.cache.answer(entry, asked, 1000.5))
+
+    def test_failure_of_our_own_keeps_its_reason(self) -> None:
+        found = dotproxy.failure_response(UpstreamError("timeout", "no answer"))
+
+        answer = self.answer_again(query(do=True), found)
+
+        self.assertEqual((answer.rcode, extended_errors(answer)), (2, [22]))
+
+    def test_options_that_pass_are_kept_without_the_padding(self) -> None:
+        options = option(EDE, b"\0\3stale") + option(PADDING, bytes(400))
+        message = response(query(do=True), "192.0.2.1", options=options)
+
+        answer = self.answer_again(query(do=True), read_response(message))
+
+        self.assertEqual(answer.addresses, ["192.0.2.1"])
+        self.assertEqual(extended_errors(answer), [3])
+        self.assertLess(self.cache.size, 900)
 
     def test_no_room_at_all_stores_nothing(self) -> None:
         self.cache = Cache(0)
