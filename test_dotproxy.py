@@ -4867,6 +4867,17 @@ class ProxyTest(StubProxyTestCase):
 
         self.assertIsNone(watched())
 
+    def test_question_without_an_answer_keeps_nobody_who_waited(self) -> None:
+        self.proxy.start()
+        self.connections[0].open()
+        self.ask("a.example")
+        (exchange,) = self.proxy._exchanges.values()
+
+        self.advance(4.1)
+
+        self.assertEqual([answer.rcode for answer in self.answers], [Rcode.SERVFAIL])
+        self.assertEqual(exchange.waiters, [])
+
     def test_shed_question_can_be_asked_again(self) -> None:
         self.build(max_in_flight=1)
         self.ask("a.example", "b.example")
@@ -6107,6 +6118,17 @@ class CacheTest(DotproxyTestCase):
         self.put(rcode=2, now=1005.0)
 
         self.assertEqual(self.get(5.0), [5])
+
+    def test_data_that_a_failure_did_not_replace_counts_as_used(self) -> None:
+        found = read_response(response(ASKED, "192.0.2.1"))
+        error = read_response(response(ASKED, rcode=2))
+        self.cache.put_all([(b"a", found), (b"b", found)], 1000.0)
+        cache = Cache(self.cache.size)
+        cache.put_all([(b"a", found), (b"b", found), (b"a", error)], 1000.0)
+
+        cache.put(b"c", found, 1000.0)
+
+        self.assertEqual([key in cache for key in (b"a", b"b")], [True, False])
 
     def test_data_takes_the_place_of_a_failure(self) -> None:
         self.put(rcode=2)
