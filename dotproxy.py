@@ -19,7 +19,8 @@ The path of a query
                                     flushed by whoever finds no flush under way
       ... the worker is free ...
       Connection._read              receive, decrypt, match ID and question   [upstream]
-        connection_answered         SERVFAIL or REFUSED: ask another upstream
+        connection_answered         SERVFAIL or REFUSED: ask another upstream, and where
+                                    none is left: Proxy.fail
         Proxy.complete              once: RebindingGuard.screen where it is wanted,
                                     Cache.put_all, and an answer for all who wait
         reply                       sendto; never blocks
@@ -359,7 +360,6 @@ class Query:
         "received",  # when
         "size",  # octets of the message
         "stale",  # the expired cache entry that may answer it, set by the proxy
-        "store_key",  # under which its answer goes into the cache, or empty
     )
 
     def __init__(self, ident: int, question: bytes, form: Form, size: int) -> None:
@@ -373,17 +373,16 @@ class Query:
         # Lengths of labels are below "A", so lower() changes letters only.
         key = question[:-4].lower() + question[-4:] + form.key
         if form.storable:
-            self.key = self.cache_key = self.store_key = key
+            self.key = self.cache_key = key
         else:
             self.key = key + form.more_key
             self.cache_key = key if form.cachable else b""
-            self.store_key = b""
         self.client: ClientAddress = NO_CLIENT
         self.received = 0.0
         self.stale: CacheEntry | None = None
 
 
-# Octets that a label takes, by its length; above 63 there is none, RFC 1035 2.3.4.
+# Octets that a label takes, by its length: 63 at most, RFC 1035 section 2.3.4.
 LABEL_SIZES = tuple(range(1, 65))
 
 
@@ -690,7 +689,7 @@ NO_EXTRA = Extra(0, 0, (), ())
 
 
 def read_extra(message: bytes, offset: int, records: int) -> Extra:
-    """Read the additional section of a response, which has so many records."""
+    """Read an additional section of so many records; one that recurs is remembered."""
     if not records and offset == len(message):
         return NO_EXTRA
     tail = message[offset:]
@@ -2801,11 +2800,10 @@ class Cache:
     def can_serve(self, now: float) -> bool:
         """Tell whether any of the answers used last could be served, stale perhaps."""
         with self._lock:
-            latest = itertools.islice(reversed(self._entries), self.LATEST)
-            entries = [self._open_locked(key) for key in list(latest)]
+            latest = list(itertools.islice(reversed(self._entries), self.LATEST))
             return any(
                 now < entry.expires + self._stale and not entry.failed
-                for entry in entries
+                for entry in map(self._open_locked, latest)
             )
 
     def get(self, key: bytes, now: float) -> CacheEntry | None:
@@ -2835,35 +2833,37 @@ class Cache:
     ) -> list[Response]:
         """Store each response that may be; return them as they are to be served.
 
-        One whose key is empty is not stored. A batch of 25 takes 0.6 us less for each
+        One whose key is empty is not stored. A batch of 25 takes 0.4 us less for each
         than one after the other.
         """
         if not self._max_bytes:
             return [response for _, response in items]
-        served, entries, expiring = [], self._entries, self._expiring
+        prepared = []
+        for key, response in items:
+            message = response.message
+            if not message or response.upstream_options:
+                message = message_to_keep(response, key[:-1])
+            ttl = self._life(response) if key else 0
+            prepared.append((key, response, message, ttl))
+        entries, expiring = self._entries, self._expiring
         with self._lock:
-            for key, response in items:
-                ttl = self._life(response) if key else 0
+            for key, response, message, ttl in prepared:
                 if ttl <= 0:
                     self._forget_locked(key, response)
-                    served.append(response)
-                    continue
-                message = response.message
-                if not message or response.upstream_options:
-                    message = message_to_keep(response, key[:-1])
-                if key not in entries or self._yields_locked(key, response):
-                    expires = now + ttl
-                    entries[key] = message, now, expires
+                elif key not in entries or self._yields_locked(key, response):
+                    second = int(now + ttl)
+                    entries[key] = message, now, now + ttl
                     self._size += self.OVERHEAD + len(key) + len(message)
-                    keys = expiring.get(int(expires))
-                    if keys is None:
-                        keys = self._begin_second_locked(int(expires))
+                    keys = expiring.get(second) or self._begin_second_locked(second)
                     keys[key] = None
-                same = response.ttl == ttl and response.longest_ttl == ttl
-                served.append(response if same else self._bounded(response))
             if self._size > self._max_bytes:
                 self._shrink_locked(now)
-        return served
+        return [
+            response
+            if ttl <= 0 or response.ttl == ttl == response.longest_ttl
+            else self._bounded(response)
+            for _, response, _, ttl in prepared
+        ]
 
     def answer(self, entry: CacheEntry, query: Query, now: float) -> bytes:
         """Build an answer whose TTLs have counted down by whole seconds."""
@@ -2957,10 +2957,9 @@ class Cache:
         entries, before = self._entries, len(self._entries)
         while self._size > goal:
             if self._seconds[0] < second and (key := self._expired_locked(second)):
-                self._drop_locked(key, entries.pop(key))
+                self._remove_locked(key)
             else:
-                key, entry = entries.popitem(False)
-                self._drop_locked(key, entry)
+                self._drop_locked(*entries.popitem(False))
         self._evictions += before - len(entries)
 
     def _begin_second_locked(self, second: int) -> dict[bytes, None]:
@@ -5451,7 +5450,7 @@ class UpstreamGroup(ConnectionOwner):
         """Have those exchanges looked at that are not answered by then.
 
         The timer keeps none of them alive: with memory that is free to be used again as
-        soon as a query is answered, each costs 0.4 us less.
+        soon as a query is answered, each costs some 0.3 us less.
         """
         watched = [weakref.ref(exchange) for exchange in exchanges]
         self._timer.at(when, functools.partial(self._check, watched))
@@ -5614,7 +5613,7 @@ class Shelf:
         None for what deserves no answer. Never blocks, does no I/O, never raises: the
         receiving thread may call it. What is answered is added to `tally`.
         """
-        if len(message) < MIN_MESSAGE or message[2] >= 0x80:  # see `answerable`
+        if not answerable(message):
             return None
         try:
             query = parse_query(message, transport)
@@ -5983,7 +5982,7 @@ class Proxy:
             if self._guard is not None:
                 response = self._guard.screen(query, response)
             exchanges.append(exchange)
-            items.append((query.store_key, response))
+            items.append((query.key if query.form.storable else b"", response))
         # Into the cache first: who finds no exchange to join finds the answer there.
         responses = self._cache.put_all(items, now)
         finished: list[Finished] = []
@@ -6029,8 +6028,8 @@ class Proxy:
             found, source = failure_response(failure), LOCAL
             dear = failure.cause == "timeout"
         # Failures of the upstream and time-outs are dear; others happen at once again.
-        if dear and exchange.copies and query.store_key:
-            found = self._cache.put(query.store_key, found, now)
+        if dear and exchange.copies and query.form.storable:
+            found = self._cache.put(query.key, found, now)
         return found, source
 
     def _answered_late(self, exchange: Exchange, now: float) -> bool:

@@ -6326,6 +6326,16 @@ class CacheBoundTest(DotproxyTestCase):
         everybody = self.names(cache, "a.test", "b.test", "c.test", "d.test")
         self.assertEqual(everybody, ["a.test", "c.test", "d.test"])
 
+    def test_room_is_made_for_several_at_a_time(self) -> None:
+        found = read_response(response(ASKED, "192.0.2.1"))
+        cache, stored = Cache(1 << 22), 0
+        while len(cache) == stored:
+            cache.put(b"%d" % stored, found, 0.0)
+            stored += 1
+
+        self.assertIn(stored - len(cache), range(3, 10))
+        self.assertFalse(b"0" in cache)
+
     def test_expired_goes_before_live(self) -> None:
         cache = Cache(self.room_for(3, seconds=3))
         self.put(cache, "a.test")
