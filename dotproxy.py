@@ -10,14 +10,15 @@ The path of a query
                                     (parse_query, or byte for byte as lately;
                                     a special name: LocalAnswers.respond)
                                     WorkerPool.submit(the rest)    full -> drop
+                                    (a lone query is handled at once, by this thread)
                                     Witness.at_once: metrics and query log
-      UDPHandler.handle             Proxy.resolve                               [worker]
+      UDPHandler.handle             Proxy.resolve                       [worker, or udp]
         Proxy.resolve               join the same question in flight, or a new Exchange
         Routes.send                 the upstreams that the name is asked of
         UpstreamGroup.send          pick an upstream and one of its connections
         Connection.send             assign an ID, put the frame in the Outbox, which is
                                     flushed by whoever finds no flush under way
-      ... the worker is free ...
+      ... that thread is free ...
       Connection._read              receive, decrypt, match ID and question   [upstream]
         connection_answered         SERVFAIL or REFUSED: ask another upstream, and where
                                     none is left: Proxy.fail
@@ -58,7 +59,8 @@ Threads
 
     main          waits for signals; meanwhile tells systemd how it goes, if it asks
     udp-*, tcp-*, tls-*
-                  one per listening socket: receive datagrams, accept connections
+                  one per listening socket: receive datagrams and send lone queries,
+                  accept connections
     worker-*      pool: send a batch of UDP queries
     stream-*      pool: one per connected TCP or DoT client: shakes hands, reads queries
     upstream-*    one per upstream connection: connects, shakes hands, reads, replies
@@ -6347,7 +6349,7 @@ def adopt(server: socketserver.TCPServer, listener: socket.socket) -> None:
 
 
 class UDPHandler(socketserver.BaseRequestHandler):
-    """Handles a batch of datagrams in a worker thread."""
+    """Handles a batch of datagrams, in a worker thread but for a lone one."""
 
     server: UDPServer
     request: list[Waiter]
@@ -6444,7 +6446,8 @@ class UDPServer(socketserver.ThreadingUDPServer):
     ) -> None:
         """Answer what the cache can; turn away, hand to a worker, or drop the rest."""
         now, proxy, free = self.clock(), self.proxy, self.admission.free
-        lookup, respond, misses = self._lookup, self.reply, []
+        lookup, respond = self._lookup, self.reply
+        misses: list[Waiter] = []
         tally: list[Label] = []
         logged = proxy.witness.query_log is not None
         given: list[Given] = []
@@ -6463,9 +6466,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
                 reply = functools.partial(respond, way=way) if way else respond
                 misses.append((found, reply))
         if misses:
-            finish = functools.partial(self._finish, misses, client_address)
-            if not self._pool.submit(finish):
-                proxy.witness.observer.turned_away("backlog", len(misses))
+            self._hand_on(misses, client_address)
         if tally:
             proxy.witness.at_once(tally, given, (now, self.clock() - now))
 
@@ -6503,8 +6504,16 @@ class UDPServer(socketserver.ThreadingUDPServer):
             self.reply(short, address, way)
         return False
 
-    def _finish(self, request: object, client_address: object) -> None:
-        self.finish_request(request, client_address)  # type: ignore[arg-type]
+    def _hand_on(self, misses: list[Waiter], client_address: Address) -> None:
+        """Have a worker resolve these; a lone one here: waking a worker takes longer.
+
+        At 200 queries/s it is answered 0.1 ms sooner so, for 10 % less CPU.
+        """
+        finish = functools.partial(self.finish_request, misses, client_address)  # type: ignore[arg-type]
+        if len(misses) == 1:
+            finish()
+        elif not self._pool.submit(finish):
+            self.proxy.witness.observer.turned_away("backlog", len(misses))
 
     def _receive_with_way(self) -> tuple[bytes, Way, Address]:
         message, ancillary, _, address = self.socket.recvmsg(self.max_packet_size, 128)

@@ -8479,26 +8479,60 @@ class DoTContractTest(DNSServerContract, DotproxyTestCase):
         return TLSClient(served.tls_address)
 
 
-class UDPServerTest(DotproxyTestCase):
-    @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
-    def test_each_answer_goes_back_its_own_way(self) -> None:
-        proxy, pool, client = mock.Mock(), mock.Mock(), (LOCALHOST, 5353)
-        proxy.lookup_from.return_value = lambda asked, *_: dotproxy.parse_query(asked)
+class BatchTest(DotproxyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.proxy, self.pool = mock.Mock(), mock.Mock()
+        self.proxy.lookup_from.return_value = lambda asked, *_: dotproxy.parse_query(
+            asked
+        )
+
+    def receive(self, misses: int, *ways: dotproxy.Way) -> None:
+        """Have a server receive so many queries at once, none of them cached."""
         server = dotproxy.UDPServer(
-            (LOCALHOST, 0), proxy, pool, admission=dotproxy.Admission(), clock=Clock()
+            *((LOCALHOST, 0), self.proxy, self.pool),
+            admission=dotproxy.Admission(),
+            clock=Clock(),
         )
         self.addCleanup(server.server_close)
-        ways: list[dotproxy.Way] = [[(0, 8, b"one")], [], [(0, 8, b"two")]]
+        batch = [(query(), (LOCALHOST, 5353))] * misses
+        server.process_request((batch, list(ways)), ("", 0))
 
-        with mock.patch.object(server, "reply") as reply:
-            server.process_request(([(query(), client)] * 3, ways), ("", 0))
-            ((finish,), _) = pool.submit.call_args
+    def test_each_answer_goes_back_its_own_way(self) -> None:
+        ways: list[dotproxy.Way] = [[(0, 8, b"one")], [], [(0, 8, b"two")]]
+        with mock.patch.object(dotproxy.UDPServer, "reply") as reply:
+            self.receive(3, *ways)
+            ((finish,), _) = self.pool.submit.call_args
             for _, answer in finish.args[0]:
-                answer(b"", client)
+                answer(b"", (LOCALHOST, 5353))
 
         taken = [call.kwargs.get("way", []) for call in reply.call_args_list]
         self.assertEqual(taken, ways)
 
+    def test_lone_query_is_resolved_by_the_thread_that_received_it(self) -> None:
+        self.receive(1)
+
+        self.assertEqual(len(self.proxy.resolve.call_args.args[0]), 1)
+        self.pool.submit.assert_not_called()
+
+    def test_several_queries_are_left_to_a_worker(self) -> None:
+        self.receive(2)
+
+        self.proxy.resolve.assert_not_called()
+        self.pool.submit.call_args.args[0]()
+        self.assertEqual(len(self.proxy.resolve.call_args.args[0]), 2)
+
+    def test_what_no_worker_can_take_is_counted_as_turned_away(self) -> None:
+        self.pool.submit.return_value = False
+
+        self.receive(3)
+
+        turned_away = self.proxy.witness.observer.turned_away
+        turned_away.assert_called_once_with("backlog", 3)
+
+
+class UDPServerTest(DotproxyTestCase):
+    @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
     def test_wildcard_socket_answers_from_the_address_asked(self) -> None:
         with serving(host="[0.0.0.0]:0") as served:
             for host in ("127.0.0.1", "127.0.0.2", "127.1.2.3"):
