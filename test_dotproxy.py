@@ -10308,7 +10308,7 @@ class AdminServerTest(DotproxyTestCase):
         return server
 
     def connect(self) -> socket.socket:
-        where = LOCALHOST, self.server.server_port
+        where = LOCALHOST, self.server.server_address[1]
         client = socket.create_connection(where, timeout=5)
         self.addCleanup(client.close)
         return client
@@ -10322,6 +10322,14 @@ class AdminServerTest(DotproxyTestCase):
         first, *lines = start.split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         return int(first.split()[1]), headers, body
+
+    def test_proxy_without_it_imports_no_http(self) -> None:
+        code = "import sys, dotproxy; sys.exit('http.server' in sys.modules)"
+        directory = os.path.dirname(compiled_program())
+
+        done = subprocess.run([sys.executable, "-c", code], cwd=directory, timeout=60)
+
+        self.assertEqual(done.returncode, 0)
 
     def test_page_is_answered_with_headers_that_allow_nothing(self) -> None:
         status, headers, body = self.ask("GET /page?x HTTP/1.1\nAccept: text/x")
@@ -10407,7 +10415,8 @@ class AdminServerTest(DotproxyTestCase):
         idle = dotproxy.AdminServer((LOCALHOST, 0), {})
         self.addCleanup(idle.server_close)
         for _ in range(idle.MAX_CLIENTS):  # a SYN that is dropped comes again after 1 s
-            client = socket.create_connection((LOCALHOST, idle.server_port), 0.5)
+            where = LOCALHOST, idle.server_address[1]
+            client = socket.create_connection(where, 0.5)
             self.addCleanup(client.close)
 
     def test_client_that_goes_away_leaves_nothing(self) -> None:
@@ -10485,7 +10494,8 @@ class AdminPageTest(DotproxyTestCase):
         with serving(answer, "--admin=0") as served:
             admin = served.daemon.admin
             assert admin is not None
-            client = http.client.HTTPConnection(LOCALHOST, admin.server_port, timeout=5)
+            port = admin.server_address[1]
+            client = http.client.HTTPConnection(LOCALHOST, port, timeout=5)
             with contextlib.closing(client):
                 client.request("HEAD", "/")
                 head = client.getresponse()
