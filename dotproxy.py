@@ -445,7 +445,7 @@ def split_options(options: bytes) -> tuple[bytes, list[int]]:
 
 
 def _parse_opt(form: Form, message: bytes, offset: int, records: int) -> None:
-    """Read the OPT record of a query's additional section; skip other records."""
+    """Read the OPT record among those behind a query's question; skip the others."""
     proto = form.transport[0]
     for _ in range(records):
         root = message[offset : offset + 1] == b"\0"
@@ -495,14 +495,15 @@ def parse_form(message: bytes, end: int, transport: Transport) -> Form:
     check_header(message)
     _, flags, _, answers, authority, extra = HEADER.unpack_from(message)
     form = Form(transport, flags)
-    if message[end - 4] == 0 and message[end - 3] in TRANSFERS:
-        form.refusal = Rcode.REFUSED
-    elif answers or authority:
+    transfer = message[end - 4] == 0 and message[end - 3] in TRANSFERS
+    if (answers or authority) and not transfer:
         raise FormatError("records in the answer or authority section of a query")
-    elif extra:
-        _parse_opt(form, message, end, extra)
+    if records := answers + authority + extra:
+        _parse_opt(form, message, end, records)
     elif len(message) != end:
         raise FormatError("octets after the question")
+    if transfer and not form.refusal:
+        form.refusal = Rcode.REFUSED
     form.settle()
     # ANY is never in the cache: the whole answer that TCP clients get is not for UDP.
     if message[end - 4] == 0 and message[end - 3] == TYPE_ANY:
@@ -2694,6 +2695,7 @@ class CacheEntry:
     """A stored response, and how it is used."""
 
     PREFETCH_AFTER = 0.9  # of the life
+    SPARE = 2048  # octets of a message that an answer may lack: OPT and padding
 
     __slots__ = (
         "expires",  # when it becomes stale
@@ -2725,9 +2727,15 @@ class CacheEntry:
         """Parse it for a query with the same question.
 
         To keep messages and parse them at a hit takes half the memory of responses, and
-        2 us less for an answer that is never asked for again.
+        2 us less for an answer that is never asked for again. One that is far too large
+        for the client is not parsed, only to have its records dropped: 64 KiB would
+        hold up the thread that receives for 10 ms.
         """
-        return parse_response(self.message, 12 + len(query.question))
+        if len(self.message) > query.form.limit + self.SPARE:
+            return Response(int.from_bytes(self.message[2:4], "big") & ~AA | TC)
+        response = parse_response(self.message, 12 + len(query.question))
+        response.flags &= ~AA
+        return response
 
 
 # What a CacheEntry is made of: an entry as it is stored, and as it stays until somebody
@@ -3071,7 +3079,8 @@ SPECIAL_NAMES = (  # RFC 6761, RFC 6762, RFC 7686, RFC 8375, RFC 9462, RFC 9665
 )
 # RFC 6303 section 4 and RFC 7793, but for the unspecified and the loopback address of
 # IPv6. Not here: names of which no RFC says that a resolver should keep them, such as
-# internal, and ipv4only.arpa, which the upstream has to answer (RFC 8880).
+# internal; ipv4only.arpa, which the upstream has to answer (RFC 8880); and test, which
+# leads nowhere but to an upstream that somebody tries things out with (RFC 6761).
 PRIVATE_REVERSE = (
     *("0", "10", "127", "254.169", "168.192", "255.255.255.255"),
     *("2.0.192", "100.51.198", "113.0.203"),
@@ -3159,7 +3168,7 @@ class LocalAnswers:
             records = {**(records or {}), **authority}
         if records is None:
             response = negative_response(NXDOMAIN, zone, LOCAL_TTL)
-        elif rrtype == TYPE_ANY:
+        elif rrtype == TYPE_ANY and records:
             response = positive_response(records, LOCAL_TTL)
         elif rrtype in records:
             response = positive_response({rrtype: records[rrtype]}, LOCAL_TTL)
@@ -5572,6 +5581,7 @@ class Shelf:
 
     MAX_HOT = 4096  # answers kept ready byte for byte, of IPv4 and IPv6, 2 MiB each
     MAX_HOT_SIZE = 2048  # octets of their whole message, which stays alive with them
+    MAX_HOT_QUERY = 512  # octets of a datagram, by which they are kept; most have 60
 
     def __init__(
         self,
@@ -5678,7 +5688,8 @@ class Shelf:
     def _keep_hot(self, hot: Hot, message: bytes, ready: Ready, now: float) -> None:
         """Keep an answer ready until one of its TTLs changes or it may be refreshed."""
         entry = ready[1]
-        if len(entry.message) > self.MAX_HOT_SIZE:
+        large = len(entry.message) > self.MAX_HOT_SIZE
+        if large or len(message) > self.MAX_HOT_QUERY:
             return
         until = entry.stored_at + int(now - entry.stored_at) + 1
         if now < entry.prefetch_at:
@@ -6006,23 +6017,25 @@ class Proxy:
             if not exchange.done
         ]
         finished: dict[str, list[Finished]] = {}  # by source
+        found: Response | CacheEntry
         with self._lock:
             for exchange, found, source in results:
-                if not exchange.done:
-                    waiters = self._finish_locked(exchange)
-                    finished.setdefault(source, []).append((waiters, found))
+                if exchange.done:
+                    continue
+                waiters, stale = self._finish_locked(exchange), exchange.query.stale
+                if stale is not None:
+                    stale.retry_at = now + Cache.STALE_RETRY
+                    found, source = stale, STALE
+                finished.setdefault(source, []).append((waiters, found))
             self._tell_if_idle_locked()
         for source, share in finished.items():
             self._answer(share, (source, None), now)
 
     def _make_do(
         self, exchange: Exchange, failure: Response | UpstreamError, now: float
-    ) -> tuple[Response | CacheEntry, str]:
-        """Return what to answer where no upstream does better, and its source."""
+    ) -> tuple[Response, str]:
+        """Return what to answer where nothing better is known, and its source."""
         query = exchange.query
-        if query.stale is not None:
-            query.stale.retry_at = now + Cache.STALE_RETRY
-            return query.stale, STALE
         if isinstance(failure, Response):
             found, source, dear = failure, UPSTREAM, True
         else:

@@ -6545,6 +6545,14 @@ class LocalAnswersTest(DotproxyTestCase):
             with self.subTest(name):
                 self.assert_negative(self.answer(name, "PTR"), 0, "127.in-addr.arpa")
 
+    def test_any_of_a_name_with_no_records_says_so(self) -> None:
+        for name, zone in (
+            ("0.127.in-addr.arpa", "127.in-addr.arpa"),
+            ("_dns.resolver.arpa", "resolver.arpa"),
+        ):
+            with self.subTest(name):
+                self.assert_negative(self.answer(name, "ANY", stream=True), 0, zone)
+
     def test_special_name_exists_and_nothing_below_it(self) -> None:
         for zone in ("invalid", "local", "onion", "home.arpa", "service.arpa"):
             with self.subTest(zone):
@@ -6920,6 +6928,11 @@ def extended_errors(message: Message) -> list[int]:
     return [int.from_bytes(data[:2], "big") for code, data in options if code == EDE]
 
 
+def not_reading() -> contextlib.AbstractContextManager[object]:
+    """Have it fail to read a response, which takes 10 ms for the largest."""
+    return mock.patch.object(dotproxy, "parse_response", side_effect=AssertionError)
+
+
 class ProxyCacheTest(ProxyTestCase):
     def test_hit_needs_no_upstream(self) -> None:
         self.learn()
@@ -7022,6 +7035,37 @@ class ProxyCacheTest(ProxyTestCase):
         (answer,) = self.ask(stream=True)
 
         self.assertEqual(len(answer.answers[0].rdata), 5000)
+
+    def test_answer_far_too_large_for_the_client_is_not_even_read(self) -> None:
+        self.learn(*[record(b"\xc0\x0c", "TXT", bytes(250))] * 200)
+
+        for size in (None, 1232):
+            asked = query() if size is None else query(do=False, size=size)
+            with self.subTest(size=size), not_reading():
+                (answer,) = self.ask(asked)
+                self.assertTrue(answer.flags & TC)
+                self.assertEqual(answer.answers, [])
+
+    def test_cached_answer_is_not_authoritative(self) -> None:
+        first = self.ask()
+        self.group.finish(lambda message: response(message, "192.0.2.1", aa=True))
+
+        self.assertTrue(first[0].flags & AA)
+        self.assertFalse(self.ask()[0].flags & AA)
+
+    def test_long_datagram_is_not_kept_byte_for_byte(self) -> None:
+        self.learn()
+        for padding, parsed in ((100, 1), (4000, 2)):
+            asked = query(do=False, options=option(PADDING, bytes(padding)))
+            with (
+                self.subTest(padding=padding),
+                mock.patch.object(
+                    dotproxy, "parse_query", wraps=dotproxy.parse_query
+                ) as parse_query,
+            ):
+                for _ in range(2):
+                    self.assertEqual(self.addresses(asked), ["192.0.2.1"])
+                self.assertEqual(parse_query.call_count, parsed)
 
     def test_query_without_rd_is_answered_from_the_cache(self) -> None:
         self.learn()
@@ -7411,6 +7455,17 @@ class ProxyStaleTest(ProxyTestCase):
         self.assertTrue(client[0].flags & TC)
         self.assertEqual(len(other[0].answers), 4)
 
+    def test_stale_answer_far_too_large_for_the_client_is_not_even_read(self) -> None:
+        self.build(Cache(1 << 20))
+        self.learn(*[record(b"\xc0\x0c", "TXT", bytes(250), 10)] * 200)
+        self.clock.advance(11.0)
+        client = self.ask(query(do=False))
+
+        with not_reading():
+            self.group.fail()
+
+        self.assertTrue(client[0].flags & TC)
+
     def learn_large(self) -> None:
         self.build(Cache(1 << 20))
         self.learn(*[record(b"\xc0\x0c", "TXT", bytes(200), 10) for _ in range(4)])
@@ -7527,6 +7582,24 @@ class ProxyPrefetchTest(ProxyTestCase):
 
         self.assertEqual(client[0].addresses, ["192.0.2.1"])
         self.assertEqual(len(self.group.sent), 1)
+
+    def test_client_that_joins_a_failing_refresh_gets_a_stale_answer(self) -> None:
+        self.ask_at(50)
+        self.ask_at(99)
+        self.clock.advance(1.5)
+        clients: list[list[Message]] = []
+        make_do = self.proxy._make_do
+
+        def join(*failed: Any) -> Any:
+            made = make_do(*failed)
+            clients.append(self.ask())
+            return made
+
+        with mock.patch.object(self.proxy, "_make_do", join):
+            self.group.fail("timeout")
+
+        ((answer,),) = clients
+        self.assertEqual(answer.addresses, ["192.0.2.1"])
 
 
 class ProxyMetricsTest(ProxyTestCase):
@@ -7764,6 +7837,7 @@ class Stored:
         self.hits = 0
         self.refreshed = False
         self.retry_at = 0.0  # once a refresh failed
+        self.waited_for = False  # it goes to the one who waits for it
 
 
 class Reference:
@@ -7877,6 +7951,8 @@ class Reference:
         flags = message.flags & ~(RD | AD | CD) | asked.flags & (RD | CD)
         if asked.flags & AD or (asked.opt and asked.opt.flags & DO):
             flags |= message.flags & AD
+        if not entry.waited_for:
+            flags &= ~AA
         sections = [
             [
                 each._replace(ttl=self.served_ttl(entry, each.ttl, now))
@@ -7990,7 +8066,9 @@ class PropertyTest(ProxyTestCase):
             old.retry_at = now + 30
             entry = old
         if not late:
+            entry.waited_for = entry is not old
             self.expect(answers, asked, stream, entry, now)
+            entry.waited_for = False
 
     def finish(self) -> Sample:
         """Answer what waits with a random response; return that."""
@@ -8414,14 +8492,20 @@ class DNSServerContract(MixIn):
         """Send messages of fewer than 12 octets, where that leaves the client."""
 
     def test_message_that_is_no_plain_query_is_refused(self) -> None:
+        ixfr = query(rrtype=251)[12:] + soa() + record(".", OPT, b"")
         for name, message, rcode in (
             ("opcode NOTIFY", query(opcode=4), Rcode.NOTIMP),
             ("EDNS version 1", query(do=False, edns_version=1), Rcode.BADVERS),
             ("AXFR", query(rrtype="AXFR"), Rcode.REFUSED),
+            ("AXFR with EDNS", query(rrtype="AXFR", do=True), Rcode.REFUSED),
+            ("AXFR, version 1", query("a", "AXFR", do=True, edns_version=1), 16),
             ("IXFR", query(rrtype=251), Rcode.REFUSED),
+            ("IXFR with EDNS", counted(1, 0, 1, 1, body=ixfr), Rcode.REFUSED),
         ):
             with self.subTest(name):
-                self.assertEqual(self.ask(message)[0].rcode, rcode)
+                (got,) = self.ask(message)
+                self.assertEqual(got.rcode, rcode)
+                self.assertEqual(got.opt is None, parse(message).opt is None)
 
     def test_client_without_opt_gets_none(self) -> None:
         for do in (None, False, True):
