@@ -1971,7 +1971,7 @@ class ECSFormatter(logging.Formatter):
         return fields
 
 
-CONTROLS = {code: f"\\{code:03d}" for code in (*range(32), 127)}
+CONTROLS = {code: f"\\{code:03d}" for code in (*range(32), *range(127, 160))}
 
 
 class TextFormatter(logging.Formatter):
@@ -3624,7 +3624,7 @@ class Trust:
     def has_authorities(self) -> bool:
         """Tell whether there is any CA certificate to verify with."""
         directory = ssl.get_default_verify_paths().capath
-        return self.context.cert_store_stats()["x509_ca"] > 0 or (
+        return self.context.cert_store_stats()["x509"] > 0 or (
             self.ca_file is None
             and directory is not None
             and bool(os.listdir(directory))
@@ -3640,7 +3640,11 @@ class Trust:
                 f"cannot read the CA file {self.ca_file}: {reason}; give --ca-file PEM"
             )
             raise ConfigError(text) from error
-        context.minimum_version = TLS_VERSIONS[self.tls_min]
+        try:
+            context.minimum_version = TLS_VERSIONS[self.tls_min]
+        except ValueError as error:
+            text = f"{ssl.OPENSSL_VERSION} has no TLS {self.tls_min}; mend --tls-min"
+            raise ConfigError(text) from error
         context.set_alpn_protocols(["dot"])
         return context
 
@@ -3926,7 +3930,10 @@ def shake_hands(
     """
     octets, done = step(b"")
     while True:
-        raw.settimeout(max(0.001, deadline - clock()))
+        left = deadline - clock()
+        if left <= 0:
+            raise socket.timeout
+        raw.settimeout(left)
         raw.sendall(octets)
         if done:
             return
@@ -6341,7 +6348,8 @@ def reply_from(data: bytes) -> bytes:
     for link-local addresses, which mean nothing without theirs.
     """
     if len(data) == 12:  # in_pktinfo: interface, local address, destination
-        return bytes(4) + data[4:8] + bytes(4)
+        local = data[4:8] if any(data[4:8]) else data[8:]  # macOS fills in the latter
+        return bytes(4) + local + bytes(4)
     link_local = data[:2] in (b"\xfe\x80", b"\xfe\x90", b"\xfe\xa0", b"\xfe\xb0")
     return data if link_local else data[:16] + bytes(4)
 
@@ -6350,6 +6358,15 @@ def set_v6_only(listener: socket.socket) -> None:
     """Leave the IPv4 wildcard free for another socket."""
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+
+
+def accept(listener: socket.socket) -> tuple[socket.socket, Address]:
+    """Accept a client; raises OSError where there is none, or it has gone again."""
+    request, address = listener.accept()
+    if not address:  # so macOS gives one that was reset before
+        request.close()
+        raise ConnectionAbortedError(errno.ECONNABORTED, "reset by the client")
+    return request, address
 
 
 def adopt(server: socketserver.TCPServer, listener: socket.socket) -> None:
@@ -6559,7 +6576,8 @@ class StreamHandler(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):  # it may be gone already
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.active_at = self.server.clock()  # when its last query was taken up
-        self._waiting: list[bytes] = []  # queries read beyond the client's rate
+        self._waiting: list[bytes] = []  # queries read, to be served later
+        self._paid = 0  # how many of those are within the client's rate
         _, self._ready_at = self._pace(0)  # when it may have the next one served
         self.in_flight = 0
         self._lock = threading.Lock()  # guards in_flight, _unsent, _stalled_at, _broken
@@ -6573,7 +6591,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Read queries until the client is done, idle for too long, or gone."""
-        while self._reading or self._waiting or self.in_flight or self._unsent:
+        while self._reading or self._waiting or self._owes():
             if not self._wait():
                 return
             if self._waiting and self._ready():
@@ -6630,6 +6648,11 @@ class StreamHandler(socketserver.BaseRequestHandler):
             self._resolve(messages)
         return not hopeless(self._received)
 
+    def _owes(self) -> bool:
+        """Tell whether the client has answers to come."""
+        with self._lock:
+            return bool(self.in_flight or self._unsent)
+
     def _pace(self, count: int) -> tuple[int, float]:
         host = self.client_address[0]
         return self.server.admission.pace(host, count, self.active_at)
@@ -6646,7 +6669,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
         if self._waiting and self._ready():
             return not self._broken
         wait, slowed = self.MOMENT, 0.0
-        if not (self.in_flight or self._unsent):
+        if not self._owes():
             now = self.server.clock()
             slowed = self._ready_at - now
             idle_since = max(self.active_at, self._ready_at)
@@ -6668,17 +6691,24 @@ class StreamHandler(socketserver.BaseRequestHandler):
         return wait > 0 and not self._broken
 
     def _resolve(self, messages: list[bytes]) -> None:
-        """Have queries resolved, but for those that are more than the rate."""
+        """Have queries resolved, but for those that are more than the rate.
+
+        Nor those behind one whose answer the client has no room for as yet.
+        """
         self.active_at = self.server.clock()
-        count, self._ready_at = self._pace(len(messages))
-        self._waiting = messages[count:]
+        if not self._paid:
+            self._paid, self._ready_at = self._pace(len(messages))
+        served = 0
         queries: list[Waiter] = []
         tally: list[Label] = []
         server, now = self.server, self.active_at
         logged, client = server.proxy.witness.query_log is not None, self.client_address
         given: list[Given] = []
         lookup, transport = server.proxy.lookup, server.transport
-        for message in messages[:count]:
+        for message in messages[: self._paid]:
+            if self._unsent:
+                break
+            served += 1
             found = lookup(message, now, tally, transport)
             if found is None:
                 continue
@@ -6692,6 +6722,8 @@ class StreamHandler(socketserver.BaseRequestHandler):
                 found.client = client
                 found.received = now
                 queries.append((found, self.reply))
+        self._paid -= served
+        self._waiting = messages[served:]
         if queries:
             server.proxy.resolve(queries)
         if tally:
@@ -6875,7 +6907,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Address]:
         """Accept a client; where there is no descriptor for it, pause, do not spin."""
         try:
-            return super().get_request()
+            return accept(self.socket)
         except OSError as error:
             if error.errno in SHORTAGES:
                 if self.clock() - self._short_at > self.CALM:
@@ -6942,6 +6974,8 @@ class Identity:
     """What clients are shown: the certificate chain and its key, as last read."""
 
     PARTIAL_CHAIN = 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; its name is new in Python 3.10
+    # LibreSSL, which macOS's own Python has, bears no such name, but has the like.
+    NO_RENEGOTIATION = getattr(ssl, "OP_NO_RENEGOTIATION", 0x20000)
     FLIGHTS = 3  # messages each way until both ends of a handshake are done, at most
     context: ssl.SSLContext
 
@@ -6982,7 +7016,7 @@ class Identity:
     def _build_context(self) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION
+        context.options |= self.NO_RENEGOTIATION
         # Who offers none of it is served as well: RFC 7858 has no such token.
         context.set_alpn_protocols(["dot"])
         # With no passphrase at hand, OpenSSL would ask for it on the terminal.
@@ -7266,7 +7300,7 @@ class AdminServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Address]:
         """Accept a client; where there is no descriptor for it, pause, do not spin."""
         try:
-            return super().get_request()
+            return accept(self.socket)
         except OSError as error:
             if error.errno in SHORTAGES:
                 time.sleep(TCPServer.PAUSE)
@@ -9513,7 +9547,7 @@ def examine_authorities(trust: Trust) -> Finding:
         where = trust.ca_file or f"{file} or {directory}"
         cure = "install ca-certificates, or give --ca-file PEM"
         return Finding(check, FAIL, f"none in {where}", cure)
-    number = trust.context.cert_store_stats()["x509_ca"]
+    number = trust.context.cert_store_stats()["x509"]
     where = trust.ca_file or (paths.cafile if number else None) or str(paths.capath)
     return Finding(check, OK, f"{number or 'as needed'} from {where}")
 

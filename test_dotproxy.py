@@ -2491,9 +2491,9 @@ class LogFormatTest(DotproxyTestCase):
     def test_text_cannot_begin_another_line(self) -> None:
         form = dotproxy.TextFormatter("%(levelname)s %(message)s")
 
-        text = form.format(log_record(logging.INFO, "x: error=%s", "a\n<0>b\x7f"))
+        text = form.format(log_record(logging.INFO, "x: error=%s", "a\n<0>b\x7f\x9b"))
 
-        self.assertEqual(text, r"INFO x: error=a\010<0>b\127")
+        self.assertEqual(text, r"INFO x: error=a\010<0>b\127\155")
 
     def test_journal_is_known_by_its_device_and_inode(self) -> None:
         with tempfile.TemporaryFile() as file:
@@ -3506,6 +3506,33 @@ class ConnectionTest(DotproxyTestCase):
             self.owner = Owner()
             with FakeUpstream(certificate=certificate) as upstream:
                 self.assertNotIn("--pin", self.refused(upstream))
+
+    def test_handshake_octet_by_octet_ends_at_its_deadline(self) -> None:
+        clock, raw = Clock(), mock.Mock()
+
+        def receive(_: int) -> bytes:
+            clock.advance(1.0)
+            return b"x"
+
+        raw.recv.side_effect = receive
+        with self.assertRaises(socket.timeout):
+            dotproxy.shake_hands(raw, lambda _: (b"", False), clock() + 5.0, clock)
+
+        self.assertEqual(raw.recv.call_count, 5)
+
+    def test_tls_version_that_the_library_lacks_is_an_error_with_a_cure(self) -> None:
+        def refuse(_: object, version: object) -> None:
+            raise ValueError(f"Unsupported protocol version {version}")
+
+        lacking = property(None, refuse)
+        with (
+            mock.patch.object(ssl.SSLContext, "minimum_version", lacking),
+            self.assertRaisesRegex(dotproxy.ConfigError, "no TLS 1.3; mend --tls-min"),
+        ):
+            dotproxy.Trust(PKI.ca, tls_min="1.3")
+
+    def test_certificate_that_is_no_authority_can_be_trusted_as_well(self) -> None:
+        self.assertTrue(dotproxy.Trust(PKI.good_alone).has_authorities())
 
     def test_wrong_name_gets_no_query_and_the_error_tells_the_right_ones(self) -> None:
         with FakeUpstream(certificate=PKI.wrong_name) as upstream:
@@ -8616,6 +8643,17 @@ class BatchTest(DotproxyTestCase):
 
 
 class UDPServerTest(DotproxyTestCase):
+    def test_answer_leaves_from_the_address_in_the_packet_information(self) -> None:
+        one, two = (socket.inet_aton(f"192.0.2.{number}") for number in (1, 2))
+        for name, local, destination, source in (
+            ("Linux", one, one, one),
+            ("Linux, of a broadcast", one, two, one),
+            ("macOS", bytes(4), two, two),
+        ):
+            with self.subTest(name):
+                found = dotproxy.reply_from(b"\4\0\0\0" + local + destination)
+                self.assertEqual(found, bytes(4) + source + bytes(4))
+
     @unittest.skipUnless(sys.platform == "linux", "needs all of 127.0.0.0/8")
     def test_wildcard_socket_answers_from_the_address_asked(self) -> None:
         with serving(host="[0.0.0.0]:0") as served:
@@ -8984,6 +9022,45 @@ class TCPServerTest(DotproxyTestCase):
 
         self.assertEqual(ids, {1, 2})
 
+    def test_end_of_the_last_answer_reaches_a_half_closed_client(self) -> None:
+        left = threading.Event()
+        finish = dotproxy.StreamHandler.finish
+
+        def leave(handler: dotproxy.StreamHandler) -> None:
+            left.set()
+            finish(handler)
+
+        def hesitate(_: object, octets: bytes) -> bytes:
+            if octets:
+                client.half_close()
+                left.wait(0.1)  # for the reading thread to find that all is done
+            return octets
+
+        def large(message: Message, _: FakeConnection) -> bytes:
+            return response(message.raw, record(b"\xc0\x0c", "TXT", bytes(60_000)))
+
+        racing = mock.patch.multiple(
+            dotproxy.StreamHandler, finish=leave, seal=hesitate
+        )
+        with serving(large) as served, racing:
+            served.tcp.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            with TCPClient(served.address) as client:
+                client.send(query())
+                self.assertGreater(len(client.receive()), 60_000)
+
+    def test_answers_beyond_what_the_client_may_leave_unread_all_come(self) -> None:
+        def large(message: Message, _: FakeConnection) -> bytes:
+            return response(message.raw, record(b"\xc0\x0c", "TXT", bytes(4000)))
+
+        with serving(large) as served:
+            served.tcp.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            with TCPClient(served.address, 20) as client:
+                self.assert_served(client)
+                client.send(*[query(id=n) for n in range(400)])
+                ids = [parse(client.receive()).id for _ in range(400)]
+
+        self.assertEqual(ids, list(range(400)))
+
     def test_client_gone_with_a_query_in_flight_harms_nobody(self) -> None:
         hold = Hold()
         with serving(slow_name(hold)) as served, TCPClient(served.address) as client:
@@ -9058,9 +9135,7 @@ class TCPServerTest(DotproxyTestCase):
 
     def test_lack_of_descriptors_pauses_and_is_logged_once(self) -> None:
         full = OSError(errno.EMFILE, "Too many open files")
-        accept = mock.patch.object(
-            socketserver.TCPServer, "get_request", side_effect=full
-        )
+        accept = mock.patch.object(dotproxy, "accept", side_effect=full)
         with (
             serving() as served,
             accept,
@@ -9073,13 +9148,19 @@ class TCPServerTest(DotproxyTestCase):
         self.assertEqual(pause.call_args_list, [mock.call(served.tcp.PAUSE)] * 3)
         self.assertEqual(len(logged.output), 1)
 
+    def test_client_that_was_reset_before_it_was_accepted_is_dropped(self) -> None:
+        listener, request = mock.Mock(), mock.Mock()
+        listener.accept.return_value = request, None  # as macOS has it
+
+        self.assertRaises(ConnectionAbortedError, dotproxy.accept, listener)
+
+        request.close.assert_called_once_with()
+
     def test_admin_server_pauses_as_well(self) -> None:
         full = OSError(errno.EMFILE, "Too many open files")
         server = dotproxy.AdminServer((LOCALHOST, 0), {})
         self.addCleanup(server.server_close)
-        accept = mock.patch.object(
-            socketserver.TCPServer, "get_request", side_effect=full
-        )
+        accept = mock.patch.object(dotproxy, "accept", side_effect=full)
         with accept, mock.patch.object(time, "sleep") as pause:
             self.assertRaises(OSError, server.get_request)
 
