@@ -4047,11 +4047,12 @@ class Line:
                 "resolve", f"cannot look up the address: {error}"
             ) from None
         failure = OSError(errno.EADDRNOTAVAIL, "no address")
-        for family, kind, protocol, _, address in found:
+        for number, (family, kind, protocol, _, address) in enumerate(found):
+            share = (deadline - self._clock()) / (len(found) - number)
             try:
                 raw = socket.socket(family, kind, protocol)
                 self._begin_to_connect(raw, address)
-                self._finish_to_connect(raw, max(0.05, deadline - self._clock()))
+                self._finish_to_connect(raw, max(0.05, share))
                 return raw
             except OSError as error:
                 failure = error
@@ -4212,10 +4213,10 @@ class Connection:
         self.retired = False  # set by the owner: takes no more queries
         self.proved = False  # set by the owner: has answered
         self.end_reason = ""  # set by the owner: why it closes it
+        self.begun_at = clock()
         self.opened_at = 0.0
-        self.active_at = (
-            0.0  # when octets last came in, or a query went out after quiet
-        )
+        # When octets last came in, or a query went out after quiet.
+        self.active_at = 0.0
         self.waiting_since: float | None = None  # for the first octets since a query
         self.round_trip = 0.0  # s, of the TCP handshake
         self._owner = owner
@@ -4550,6 +4551,7 @@ class Upstream:
     QUICK = (0.75, 1.25)  # s to connect and to shake hands: a lost SYN is sent again
     SAMPLES = 8  # latencies of a batch that count for its health: they are alike
     PATIENT = (3.0, 3.0)  # s; the first try and every fourth, for very long lines
+    LONG_LINE = 3  # times the latency: no try takes less, as a handshake may need two
 
     def __init__(self, endpoint: Endpoint, index: int) -> None:
         self.endpoint = endpoint
@@ -4609,7 +4611,10 @@ class Upstream:
         """Return how long the next connection may take to open."""
         tries = self.health.failures
         first = tries == 0 and not self.health.worked
-        return self.PATIENT if first or tries % 4 == 3 else self.QUICK
+        if first or tries % 4 == 3:
+            return self.PATIENT
+        line = min(self.LONG_LINE * (self.health.latency or 0.0), self.PATIENT[0])
+        return max(line, self.QUICK[0]), max(line, self.QUICK[1])
 
     @property
     def up(self) -> bool:
@@ -4617,7 +4622,7 @@ class Upstream:
         health = self.health
         return health.failing_since is None and (
             any(c.is_open for c in self.connections)
-            or (health.worked and not health.doubtful)
+            or (health.reached and not health.doubtful)
         )
 
     def note_answers(self, latencies: Sequence[float]) -> None:
@@ -4630,10 +4635,12 @@ class Upstream:
         self.counts["handshakes", "resumed" if facts.resumed else "full"] += 1
         self.certificate_expires = facts.expires
 
-    def note_failure(self, error: UpstreamError, now: float) -> bool:
+    def note_failure(self, error: UpstreamError, begun: float, now: float) -> bool:
         """Note a connection that did not open; True if the log shall say so."""
         self.counts["handshakes", error.cause] += 1
         self.counts["failures", error.cause] += 1
+        if any(c.is_open and c.opened_at > begun for c in self.connections):
+            return False  # another one, which was begun later, did
         self.health.failed(self.dialed_at, now, error)
         if not self.health.down(now) or error.cause in self.reported:
             return False
@@ -4678,7 +4685,9 @@ class Upstream:
         """Return a line on how it does, for the log."""
         health = self.health
         latency = "-" if health.latency is None else f"{health.latency * 1000:.1f}"
-        state = "down" if health.failures else "doubtful" if health.doubtful else "up"
+        state = "doubtful" if health.doubtful else "up"
+        if health.failing_since is not None:
+            state = "down"
         return (
             f"name={self.endpoint} state={state} latency_ms={latency}"
             f" overdue_ms={health.overdue_after * 1000:.0f}"
@@ -5056,7 +5065,7 @@ class Dispatcher:
             self._explore(plan, ranked[1:], exchanges[0], now)
         for number, connection in enumerate(chosen):
             plan.send_all(connection, exchanges[number :: len(chosen)], now)
-        return self.fleet.homes[chosen[0]].health.overdue_after
+        return min(self.fleet.homes[each].health.overdue_after for each in chosen)
 
     def overdue(
         self, plan: Plan, exchanges: Sequence[Exchange], now: float
@@ -5321,7 +5330,7 @@ class UpstreamGroup(ConnectionOwner):
         self._watch()
 
     def send(self, exchanges: Sequence[Exchange], now: float) -> None:
-        """Send new exchanges, to be answered by their deadlines."""
+        """Send new exchanges, to be answered by the deadline that they share."""
         with self._lock:
             plan = Plan()
             self._active_at = now
@@ -5332,7 +5341,7 @@ class UpstreamGroup(ConnectionOwner):
             self._note_sends_locked(plan)
             watching, self._watching = self._watching, True
         self._carry_out(plan, now)
-        self._check_at(now + patience, exchanges)
+        self._check_at(min(now + patience, exchanges[0].deadline), exchanges)
         if not watching:
             self._look()
 
@@ -5352,10 +5361,11 @@ class UpstreamGroup(ConnectionOwner):
             return [upstream.describe() for upstream in self._fleet.upstreams]
 
     def count_up(self) -> tuple[int, int]:
-        """Return how many upstreams did not fail to connect last, and how many are."""
+        """Return how many upstreams are not failing, and how many there are."""
         with self._lock:
             upstreams = self._fleet.upstreams
-            return sum(not each.health.failures for each in upstreams), len(upstreams)
+            failing = [u for u in upstreams if u.health.failing_since is not None]
+            return len(upstreams) - len(failing), len(upstreams)
 
     def samples(self) -> list[Sample]:
         """Return the metrics of all upstreams."""
@@ -5428,7 +5438,7 @@ class UpstreamGroup(ConnectionOwner):
                 connection.retired = connection.retired or not told
             if bad:
                 self._dispatcher.refused(plan, connection, bad, now)
-            if connection.alone:
+            if connection.alone and answers:  # else a misfit, which ends it in a moment
                 plan.close(connection, "spare")
 
     def connection_lost(
@@ -5446,7 +5456,7 @@ class UpstreamGroup(ConnectionOwner):
             if connection.opened_at:
                 upstream.note_loss(connection, error, orphans, now)
             elif error.cause != "ended":
-                report = upstream.note_failure(error, now)
+                report = upstream.note_failure(error, connection.begun_at, now)
             replays = self._dispatcher.lost(plan, connection, error, orphans, now)
             upstream.counts["replays",] += replays
             # One that was closed at once would be again: leave it to the next look.
@@ -5770,7 +5780,7 @@ class Routes:
         return self._default.describe() + routed
 
     def count_up(self) -> tuple[int, int]:
-        """Return how many upstreams did not fail to connect last, and how many are."""
+        """Return how many upstreams are not failing, and how many there are."""
         groups = self._default, *self._groups.values()
         up, known = zip(*(group.count_up() for group in groups))
         return sum(up), sum(known)

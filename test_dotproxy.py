@@ -3589,6 +3589,30 @@ class ConnectionTest(DotproxyTestCase):
 
         self.assertEqual(self.owner.error.cause, "ended")
 
+    def test_each_address_of_a_name_has_its_share_of_the_time(self) -> None:
+        clock, shares = Clock(), []
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 853))] * 3
+
+        def give_up(_: object, patience: float) -> None:
+            shares.append(patience)
+            clock.advance(patience)
+            raise socket.timeout
+
+        endpoint = Endpoint("dns.example", 853, "dot.test")
+        line = dotproxy.Line(endpoint, self.trust, clock)
+        with (
+            mock.patch.object(socket, "getaddrinfo", return_value=found),
+            mock.patch.multiple(
+                line,
+                _begin_to_connect=lambda raw, _: raw.close(),
+                _finish_to_connect=give_up,
+            ),
+            self.assertRaises(UpstreamError),
+        ):
+            line.open((3.0, 3.0), None)
+
+        self.assertEqual(shares, [1.0, 1.0, 1.0])
+
     def test_plain_endpoint_is_asked_without_tls(self) -> None:
         many = [asking(query(f"{n}.example")) for n in range(100)]
         upstream = FakeUpstream(on_accept="plain")
@@ -4132,9 +4156,24 @@ class UpstreamTest(DotproxyTestCase):
             for number, cause in enumerate(("timeout", "unreachable") * 2)
         ]
 
-        reported = [upstream.note_failure(error, 1000.0) for error in errors]
+        reported = [upstream.note_failure(error, 999.0, 1000.0) for error in errors]
 
         self.assertEqual(reported, [True, True, False, False])
+
+    def test_next_connection_may_take_as_long_as_the_line_asks_for(self) -> None:
+        upstream = Upstream(Endpoint("192.0.2.1", 853, "dot.test"), 0)
+        upstream.health.worked = True
+        for latency, patience in (
+            (None, (0.75, 1.25)),
+            (0.1, (0.75, 1.25)),
+            (0.3, (0.9, 1.25)),
+            (0.8, (2.4, 2.4)),
+            (5.0, (3.0, 3.0)),
+        ):
+            with self.subTest(latency=latency):
+                upstream.health.latency = latency
+                for got, wanted in zip(upstream.patience(), patience):
+                    self.assertAlmostEqual(got, wanted)
 
 
 # ---- Fleet and Dispatcher ------------------------------------------------------------
@@ -4507,6 +4546,18 @@ class DispatcherTest(FleetTestCase):
         self.assertFalse(self.look(asked, 0.049).sends)
         self.assertEqual(self.look(asked, 0.002).sends, {second: asked})
 
+    def test_batch_is_looked_at_when_the_first_of_its_upstreams_is_late(self) -> None:
+        self.build(2, "round-robin")
+        self.open_all(0.01, 0.01)
+        self.upstreams[0].health.slow = 1.0
+
+        patiences = {
+            self.dispatcher.first(Plan(), exchanges(2, self.now), self.now)
+            for _ in range(2)
+        }
+
+        self.assertEqual(patiences, {0.05})
+
     def test_further_copies_come_slower(self) -> None:
         self.open_all(0.01, 0.01)
         asked, _ = self.first()
@@ -4809,6 +4860,51 @@ class StubProxyTestCase(MemoryTestCase):
 
 
 class ProxyTest(StubProxyTestCase):
+    def test_dial_that_fails_after_a_later_one_opened_is_no_outage(self) -> None:
+        self.proxy.start()
+        stuck = self.connections[0]
+        self.ask("a.example")
+        self.advance(0.8)
+        self.ask("b.example")
+        later = self.connections[1].open()
+        later.answer()
+        self.advance(2.0)
+
+        stuck.lose("timeout")
+
+        self.assertEqual(self.proxy.trouble(), "")
+        self.assertTrue(self.proxy.status().startswith("1 of 1 upstreams up"))
+
+    def test_failed_dial_beside_one_that_answers_is_no_outage(self) -> None:
+        self.proxy.start()
+        connection = self.connections[0].open()
+        self.ask("a.example")
+        self.advance(0.3)
+        self.connections[1].lose("refused")
+        connection.answer()
+
+        self.assertTrue(self.proxy.status().startswith("1 of 1 upstreams up"))
+        self.assertIn("state=up", self.proxy.describe()[1])
+
+    def test_upstream_that_nobody_has_asked_yet_is_no_outage(self) -> None:
+        self.proxy.start()
+        connection = self.connections[0].open()
+
+        self.advance(UpstreamGroup.ACTIVE + 1)
+        connection.lose("closed")
+
+        self.assertEqual(self.proxy.trouble(), "")
+
+    def test_deadline_is_kept_where_answers_are_not_overdue_before(self) -> None:
+        self.proxy.start()
+        self.connections[0].open(1.0)
+        self.proxy._timeout = 0.2
+
+        self.ask("a.example")
+        self.advance(0.22)
+
+        self.assertEqual([got.rcode for got in self.answers], [2])
+
     def test_equal_questions_go_upstream_once(self) -> None:
         self.proxy.start()
         connection = self.connections[0].open()
@@ -8643,6 +8739,17 @@ class BatchTest(DotproxyTestCase):
 
 
 class UDPServerTest(DotproxyTestCase):
+    def test_answer_that_does_not_fit_its_question_is_asked_for_a_few_times(
+        self,
+    ) -> None:
+        with serving(other_case) as served, UDPClient(served.address) as client:
+            client.send(query("Poison.example", do=True))
+            got = parse(client.receive())
+
+        self.assertEqual(got.rcode, 2)
+        self.assertIn(b"no response to the question", got.raw)
+        self.assertLess(served.upstream.connections, 10)
+
     def test_answer_leaves_from_the_address_in_the_packet_information(self) -> None:
         one, two = (socket.inet_aton(f"192.0.2.{number}") for number in (1, 2))
         for name, local, destination, source in (
