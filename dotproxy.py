@@ -273,6 +273,17 @@ class ConfigError(DotproxyError):
         self.status = status
 
 
+# ---- Time ----------------------------------------------------------------------------
+
+# Seconds that never go back, those in which the host slept among them, as the TTL of a
+# record is real time. Linux's monotonic clock leaves them out, and so does Python's on
+# macOS, whose own CLOCK_MONOTONIC counts them. It is every `clock` but that of the
+# Supervisor, as systemd leaves them out.
+elapsed: Callable[[], float] = functools.partial(
+    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+)
+
+
 # ---- Messages (RFC 1035, RFC 6891, RFC 7830, RFC 8467) -------------------------------
 # Pure functions over bytes: no clock, no lock, no socket. A query is parsed once into
 # what its answer must look like, a response once into what can be served from it.
@@ -1993,7 +2004,7 @@ class Repeats(logging.Filter):
     WINDOW = 60.0  # s from the first time
     MESSAGES = 256  # that are counted at once; the oldest makes room
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = elapsed) -> None:
         super().__init__()
         self._clock = clock
         self._lock = threading.Lock()  # guards all below
@@ -2059,7 +2070,7 @@ class OperationalLog(logging.Handler):
         formatter: logging.Formatter,
         *,
         journal: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
     ) -> None:
         """Prepare; with `journal` lines begin with their priority."""
         super().__init__()
@@ -2262,7 +2273,7 @@ class QueryLines(abc.ABC):
         self._number: Memo[int, str] = Memo(str, self.CACHED)
 
     def render(self, batches: Iterable[AnsweredBatch], offset: float) -> str:
-        """Make lines; `offset`: from monotonic to wall-clock time."""
+        """Make lines; `offset`: from `elapsed` to wall-clock time."""
         pieces: list[str] = []
         for batch in batches:
             if isinstance(batch, AnsweredLater):
@@ -2581,7 +2592,7 @@ class QueryLog:
         path: str,
         lines: QueryLines,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
     ) -> None:
         """Open the file, `-` for stderr; raises ConfigError."""
         self._path = path
@@ -3319,7 +3330,7 @@ class Timer:
 
     TICK = 0.01  # s; what is due together wakes the thread once
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = elapsed) -> None:
         self._clock = clock
         self._condition = threading.Condition()  # guards _due and _closed
         self._due: dict[int, list[Callable[[], None]]] = {}
@@ -4205,7 +4216,7 @@ class Connection:
         label: str,
         patience: tuple[float, float] = (3.0, 3.0),
         session: ssl.SSLSession | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
     ) -> None:
         """Prepare a connection; `patience`: seconds to connect, and to shake hands."""
         self.endpoint = endpoint
@@ -5264,20 +5275,22 @@ def keepalive_told(response: Response) -> float | None:
 
 
 class SleepDetector:
-    """Notices that the host slept: the wall clock gained on the monotonic one."""
+    """Notices that the host slept: time passed in which it was not awake."""
 
-    JUMP = 5.0  # s; clocks are corrected by less
+    JUMP = 5.0  # s; what is shorter breaks no connection
 
-    def __init__(self, now: float, wall: Callable[[], float]) -> None:
-        self._wall = wall
-        self._offset = wall() - now
+    def __init__(self, now: float, awake: Callable[[], float]) -> None:
+        """Prepare; `awake`: a clock that stands still while the host sleeps."""
+        self._awake = awake
+        self._slept = now - awake()
 
     def passed(self, now: float) -> bool:
         """Tell whether there was a sleep since it was asked last."""
-        gained = self._wall() - now - self._offset
-        if gained < 0.0 or gained > self.JUMP:  # less than 0: the clock was set back
-            self._offset += gained
-        return gained > self.JUMP
+        slept = now - self._awake()
+        passed = slept - self._slept > self.JUMP
+        if passed:
+            self._slept = slept
+        return passed
 
 
 class UpstreamGroup(ConnectionOwner):
@@ -5300,8 +5313,8 @@ class UpstreamGroup(ConnectionOwner):
         complete: Callable[[Sequence[Answer], Endpoint], None],
         fail: Callable[[Sequence[Failure]], None],
         strategy: str = "fastest",
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = elapsed,
+        awake: Callable[[], float] = time.monotonic,
         binding: ProcessorBinding | None = None,
     ) -> None:
         self._trust = trust
@@ -5314,7 +5327,7 @@ class UpstreamGroup(ConnectionOwner):
         self._dispatcher = Dispatcher(self._fleet)
         self._active_at = 0.0
         self._watching = False  # the next look at the connections is planned
-        self._sleep = SleepDetector(clock(), wall)
+        self._sleep = SleepDetector(clock(), awake)
         self._binding = binding or ProcessorBinding()
         self._sent = 0  # exchanges, since the last look
         self._ending: list[Connection] = []  # lost, but their threads may still run
@@ -5888,7 +5901,7 @@ class Proxy:
         local: LocalAnswers | None = None,
         guard: RebindingGuard | None = None,
         witness: Witness | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
     ) -> None:
         """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
         self.witness = witness or Witness()
@@ -6418,7 +6431,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         pool: WorkerPool,
         *,
         admission: Admission,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
         inherited: socket.socket | None = None,
     ) -> None:
         """Bind the address, or use an inherited socket that is bound to it."""
@@ -6884,7 +6897,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         *,
         admission: Admission,
         idle_timeout: float = CLIENT_IDLE_TIMEOUT,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
         inherited: socket.socket | None = None,
     ) -> None:
         """Bind the address, or use an inherited socket that is bound to it."""
@@ -7287,7 +7300,7 @@ class AdminServer(socketserver.ThreadingTCPServer):
         self,
         address: Address,
         pages: Mapping[str, Callable[[str], Page]],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
     ) -> None:
         self.pages = pages
         self._clock = clock
@@ -8187,7 +8200,7 @@ class AdminPages:
         *,
         listen: str,
         cache_limit: int,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """Prepare; `is_turning` tells whether the servers' loops have turned lately."""
@@ -8567,7 +8580,7 @@ def read_health(
 
 
 def check_health(
-    address: Address, patience: float, clock: Callable[[], float] = time.monotonic
+    address: Address, patience: float, clock: Callable[[], float] = elapsed
 ) -> Checkup:
     """Ask the proxy that listens here, over UDP; blocks for so many seconds at most."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
@@ -9839,7 +9852,7 @@ class Examination:
         *,
         domain: str = "",
         idle: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.endpoint = endpoint
@@ -10008,7 +10021,7 @@ def examine_upstreams(examinations: Sequence[Examination]) -> list[Report]:
 
 def examine(
     config: Config,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = elapsed,
     wall: Callable[[], float] = time.time,
 ) -> list[Report]:
     """Examine this host and every upstream; blocks for about ten seconds at most."""
@@ -10300,7 +10313,7 @@ def tune_collector() -> None:
 def wait_for_signal(received: int, daemon: Daemon, supervisor: Supervisor) -> int:
     """Wait for a signal at its pipe; meanwhile report to the supervisor."""
     while not select.select([received], [], [], supervisor.patience())[0]:
-        alive = daemon.is_turning(time.monotonic())
+        alive = daemon.is_turning(elapsed())
         supervisor.report(daemon.status(), alive=alive)
     return os.read(received, 1)[0]
 
