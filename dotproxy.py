@@ -1776,12 +1776,12 @@ def is_journal(descriptor: int, environment: Mapping[str, str]) -> bool:
 class Output:
     """A file that threads of logs write whole lines to."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, torn: bool = False) -> None:
         self._descriptor = descriptor
         # Guards _torn and the order of octets: it is held over the write, which may
         # wait, by threads that have nothing else to do.
         self._lock = threading.Lock()
-        self._torn = False  # an error cut the last line
+        self._torn = torn  # an error cut the last line
 
     def write(self, octets: bytes) -> tuple[int, str]:
         """Write lines; return how many were lost and why. Blocks."""
@@ -1799,7 +1799,7 @@ class Output:
                     poller.poll()
                 except OSError as failure:
                     error = failure.strerror or str(failure)
-        return rest.count(b"\n"), error
+        return rest.count(b"\n") - (len(rest) > len(octets)), error
 
     def close(self) -> None:
         """Close the file."""
@@ -1826,7 +1826,7 @@ class Courier(Generic[T]):
     ) -> None:
         """Prepare; `gather`: seconds that a batch may take to fill.
 
-        `limit`: of what may wait, a line for an item where `put` does not say more.
+        `limit`: of the lines that may wait, each KiB of an item counting as one more.
 
         `deliver` and `tick` are called in the thread, and may block.
         """
@@ -1836,31 +1836,38 @@ class Courier(Generic[T]):
         self._gather = gather
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._ended = threading.Event()
-        self._lock = threading.Lock()  # guards _items, _waiting, _dropped
+        self._lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(self._lock)  # told of the first item
         self._items: list[T] = []
-        self._waiting = 0  # what the items hold together
+        self._waiting = 0  # what the items take of the limit
+        self._lines = 0  # that they stand for
+        self._carried = 0  # the same of those that are being delivered
         self._dropped = 0
 
     @property
     def dropped(self) -> int:
-        """Return how much found no room: a snapshot."""
+        """Return how many lines found no room, or no end: a snapshot."""
         return self._dropped
 
     def start(self) -> None:
         """Start the thread; what was put before waits for it."""
         self._thread.start()
 
-    def put(self, item: T, size: int = 1) -> None:
-        """Have an item carried, or count it as dropped; any thread, never blocks."""
+    def put(self, item: T, lines: int = 1, octets: int = 0) -> None:
+        """Have an item carried, or count it as dropped; any thread, never blocks.
+
+        It stands for so many lines, and holds so many octets.
+        """
+        size = lines + (octets >> 10)
         with self._lock:
             if self._waiting + size > self._limit:
-                self._dropped += size
+                self._dropped += lines
                 return
             if not self._items:
                 self._changed.notify()
             self._items.append(item)
             self._waiting += size
+            self._lines += lines
 
     def wake(self) -> None:
         """Have `tick` called now."""
@@ -1877,6 +1884,9 @@ class Courier(Generic[T]):
             self._thread.join(self.PATIENCE)
         if not self._thread.is_alive():
             self._carry()
+            return
+        with self._lock:
+            self._dropped += self._lines + self._carried
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -1890,15 +1900,21 @@ class Courier(Generic[T]):
 
     def _carry(self) -> None:
         try:
+            self._deliver_all()
             self._tick()
-            while items := self._take():
-                self._deliver(items)
+            self._deliver_all()  # what `tick` had to say
         except Exception:
             logger.exception("internal error: thread=%s", self._thread.name)
+
+    def _deliver_all(self) -> None:
+        while items := self._take():
+            self._deliver(items)
+            self._carried = 0
 
     def _take(self) -> list[T]:
         with self._lock:
             items, self._items, self._waiting = self._items, [], 0
+            self._lines, self._carried = 0, self._lines
         return items
 
 
@@ -2325,7 +2341,9 @@ class QueryLines(abc.ABC):
         start = self._begin(received + offset)
         for (asked, answer, client), label in zip(batch.given, batch.labels):
             # Most repeat byte for byte, but for the ID.
-            what, end_of_asked = self._again[asked[2:], label[1].transport[0]]
+            key = asked[2:], label[1].transport[0]
+            short = len(asked) <= MAX_KNOWN_TAIL
+            what, end_of_asked = self._again[key] if short else self._parse(key)
             flags = answer[2] << 8 | answer[3]
             if not (answer[7] or answer[9]):
                 flags |= upper_rcode(answer) << 16
@@ -2569,6 +2587,16 @@ class JSONQueryLines(QueryLines):
         return json_members({"labels.source": source, **fields})
 
 
+def is_torn(path: str) -> bool:
+    """Tell whether the last line of a file has no end, as when its disk is full."""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path) and os.path.getsize(path):  # else it could block
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read() != b"\n"
+    return False
+
+
 def open_log(path: str) -> Output:
     """Open a file to append to; raises OSError. A new one is for its group as well."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
@@ -2577,13 +2605,13 @@ def open_log(path: str) -> Output:
         os.fchmod(opened, 0o640)  # whatever the umask is, which changes after the start
     except FileExistsError:
         opened = os.open(path, flags, 0o640)
-    return Output(opened)
+    return Output(opened, is_torn(path))
 
 
 class QueryLog:
     """Writes a line for each query, in a thread of its own."""
 
-    BACKLOG = 20_000  # queries that may wait: 0.2 s of the most there are, some 20 MB
+    BACKLOG = 20_000  # lines that may wait: 0.2 s of the most there are, some 20 MB
     GATHER = 0.05  # s: the write, and waking the thread, cost little per line then
     REPORT = 60.0  # s between reports of lost lines
 
@@ -2693,8 +2721,8 @@ def logging_to_stderr(level: str, style: str) -> Iterator[OperationalLog]:
     try:
         yield log
     finally:
-        logging.getLogger().removeHandler(log)
         log.close()
+        logging.getLogger().removeHandler(log)
 
 
 # ---- Cache (RFC 2308, RFC 8767, RFC 9520) --------------------------------------------
@@ -5871,13 +5899,17 @@ class Witness:
         """
         self.observer.answered_at_once(tally, times[1])
         if self.query_log is not None:
-            self.query_log.put(AnsweredAtOnce(given, tally, times), len(given))
+            octets = sum([len(asked) + len(answer) for asked, answer, _ in given])
+            batch = AnsweredAtOnce(given, tally, times)
+            self.query_log.put(batch, len(given), octets)
 
     def later(self, answers: Sequence[Answered], origin: Origin, now: float) -> None:
         """Tell the observer and the query log of queries that had to wait."""
         self.observer.answered(answers, origin, now)
         if self.query_log is not None:
-            self.query_log.put(AnsweredLater(answers, origin, now), len(answers))
+            octets = sum([len(answer) for _, answer, _ in answers])
+            batch = AnsweredLater(answers, origin, now)
+            self.query_log.put(batch, len(answers), octets)
 
 
 # Who gets an answer, and what it is made from.
@@ -10395,8 +10427,18 @@ def run_doctor(config: Config) -> int:
     return 1 if count_results(reports)[FAIL] else 0
 
 
+def hold_standard_streams() -> None:
+    """Have descriptors 0 to 2 mean something: else what is opened next becomes one."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status: 0, 1 cannot run, 2 bad option."""
+    hold_standard_streams()
     try:
         config = parse_args(
             sys.argv[1:] if arguments is None else arguments, os.environ

@@ -2618,7 +2618,7 @@ class OutputTest(DotproxyTestCase):
 
     def test_lines_after_an_error_begin_anew(self) -> None:
         full = OSError(errno.ENOSPC, "No space")
-        writes: list[int | OSError] = [5, full, 7]
+        writes: list[int | OSError] = [5, full, full, 7]
         taken: list[bytes] = []
 
         def write(_: int, octets: bytes) -> int:
@@ -2631,6 +2631,7 @@ class OutputTest(DotproxyTestCase):
         output = dotproxy.Output(-1)
         with mock.patch.object(os, "write", write):
             self.assertEqual(output.write(b"one\ntwo\nsix\n"), (2, "No space"))
+            self.assertEqual(output.write(b"ten\n"), (1, "No space"))
             self.assertEqual(output.write(b"three\n"), (0, ""))
 
         self.assertEqual(b"".join(taken), b"one\nt\nthree\n")
@@ -2686,6 +2687,7 @@ class OperationalLogTest(DotproxyTestCase):
         lines = pipe.close()[filled:].splitlines()
         self.assertIn("line: n=999", lines)
         self.assertLess(len(lines), 2 * log.BACKLOG)
+        self.assertEqual(log._courier.dropped, 2 * log.BACKLOG)
 
     def test_lost_lines_are_counted_in_the_log(self) -> None:
         log, pipe = self.open()
@@ -2747,6 +2749,16 @@ def query_json(asked: bytes, answer: bytes, **rest: Any) -> dict[str, object]:
 
 
 class QueryLinesTest(DotproxyTestCase):
+    def test_long_query_is_not_kept(self) -> None:
+        lines = dotproxy.TextQueryLines("none", key=b"")
+        for padding, kept in ((10, 1), (4000, 0)):
+            asked = query(do=True, options=option(PADDING, bytes(padding)))
+            batch = query_batch(asked, response(asked), source="cache", proto="tcp")
+            with self.subTest(padding=padding):
+                lines._again.clear()
+                self.assertIn(f"tcp {len(asked)} ", lines.render([batch], 0.0))
+                self.assertEqual(len(lines._again), kept)
+
     def test_text_is_one_line_whether_somebody_waited_or_not(self) -> None:
         asked = query("Example.com", id=77, do=True)
         answer = response(asked, "192.0.2.1")
@@ -2992,6 +3004,32 @@ class QueryLogTest(DotproxyTestCase):
 
             self.assertEqual(len(logged.records), 2)
             log.close()
+
+    def test_large_messages_take_more_of_the_room(self) -> None:
+        log = self.open()
+        witness = dotproxy.Witness(query_log=log)
+        asked = query("example.com")
+        large = response(asked, record("a", "TXT", bytes(50_000)))
+        for source in ("upstream", "cache"):
+            batch = query_batch(asked, large, source=source)
+            for _ in range(2):
+                if isinstance(batch, dotproxy.AnsweredLater):
+                    witness.later(*batch)
+                else:
+                    witness.at_once([*batch.labels], batch.given, batch.times)
+
+        with self.assertLogs(dotproxy.logger):
+            log.close()
+        self.assertEqual((self.lines(), log.dropped), (2, 2))
+
+    def test_line_after_one_that_was_cut_begins_anew(self) -> None:
+        with open(self.path, "wb") as file:
+            file.write(b"a whole line\nhalf a li")
+        log = self.open()
+        self.put(log)
+        log.close()
+
+        self.assertEqual(self.lines(), 3)
 
     def test_renamed_file_is_left_for_a_new_one(self) -> None:
         log = self.open()
@@ -12477,6 +12515,37 @@ class Program:
 
 
 class MainTest(DotproxyTestCase):
+    def test_closed_standard_streams_are_taken_by_nothing_else(self) -> None:
+        null = "os.stat(os.devnull).st_rdev"
+        script = (
+            "import os, dotproxy; dotproxy.hold_standard_streams(); "
+            f"os._exit(sum(os.fstat(n).st_rdev != {null} for n in range(3)))"
+        )
+        shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+        directory = os.path.dirname(compiled_program())
+
+        done = subprocess.run(
+            ["sh", "-c", shell, sys.executable, script], cwd=directory, timeout=60
+        )
+
+        self.assertEqual(done.returncode, 0)
+
+    def test_what_the_end_has_to_say_is_in_the_log(self) -> None:
+        pipe = Pipe()
+        pipe.read_on()
+        with (
+            mock.patch.object(dotproxy, "STDERR", pipe.output),
+            mock.patch.object(dotproxy.logger, "propagate", True),
+            mock.patch.multiple(logging.getLogger(), handlers=[], level=0),
+            mock.patch.object(threading, "excepthook"),
+            dotproxy.logging_to_stderr("info", "json") as log,
+        ):
+            for number in range(log.BACKLOG + 7):
+                dotproxy.logger.info("line: n=%d", number)
+
+        *_, last = pipe.close().splitlines()
+        self.assertIn('"message":"log lines lost: number=7"', last)
+
     tls_port = 0
 
     def assert_no_surprise(self, program: Program, *words: str) -> None:
