@@ -1116,7 +1116,7 @@ TABLE = {
             "gauge",
             "upstream",
             "Smoothed latency that the choice of upstream goes by.",
-            View("Smoothed latency", "now", "upstream"),
+            View("Smoothed latency", "most", "upstream"),
         ),
         Family(
             "dotproxy_upstream_failures_total",
@@ -1187,7 +1187,7 @@ TABLE = {
             "gauge",
             "upstream",
             "How long the upstream keeps idle connections, as learned.",
-            View("Idle life", "now", "upstream"),
+            View("Idle life", "most", "upstream"),
         ),
         Family(
             "dotproxy_upstream_certificate_expiry_timestamp_seconds",
@@ -1590,6 +1590,7 @@ QUANTILES = {
 QUERIES = {
     "rate": ("ops", {"": RATE}),
     "now": ("short", {"": "sum by (BY) (NAME)"}),
+    "most": ("s", {"": "max by (BY) (NAME)"}),
     "info": ("short", {"": "max by (BY) (NAME)"}),
     "age": ("s", {"": "time() - min by (BY) (NAME)"}),
     "days left": ("d", {"": "(min by (BY) (NAME) - time()) / 86400"}),
@@ -1611,8 +1612,13 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 Shown = tuple[Family, View]
 
 
-def write_promql(family: Family, view: View) -> list[tuple[str, str]]:
-    """Return the legend and the PromQL of each line that a view draws."""
+def write_promql(
+    family: Family, view: View, named: bool = False
+) -> list[tuple[str, str]]:
+    """Return the legend and the PromQL of each line that a view draws.
+
+    `named`: the legend has to tell the family, as the panel shows several.
+    """
     kept = [label for label in view.by.split(",") if label]
     labels = [f"{{{{{label}}}}}" for label in kept]
     name = family.name.replace("dotproxy_", "").replace("_total", "")
@@ -1622,14 +1628,17 @@ def write_promql(family: Family, view: View) -> list[tuple[str, str]]:
         text = re.sub(r"NAME(\w*)", rf"{family.name}\1{SELECTED}", text)
         text = text.replace("OTHER", other + SELECTED)
         text = text.replace("le,BY", ",".join(["le", *kept])).replace("BY", view.by)
-        found.append((" ".join([*labels, legend]).strip() or name, text))
+        words = " ".join([*labels, legend, name if named else ""]).strip()
+        found.append((words or name, text))
     return found
 
 
 def build_targets(shown: Sequence[Shown]) -> list[dict[str, object]]:
     """Build the queries of a panel."""
     lines = [
-        (view, *line) for family, view in shown for line in write_promql(family, view)
+        (view, *line)
+        for family, view in shown
+        for line in write_promql(family, view, len(shown) > 1)
     ]
     return [
         {
@@ -8754,7 +8763,7 @@ def is_host(text: str) -> bool:
     """Tell whether this is an IP address or looks like a host name."""
     if is_address(text):
         return True
-    labels = text.rstrip(".").split(".")
+    labels = text.removesuffix(".").split(".")
     return len(text) <= MAX_NAME and all(
         label.replace("-", "").replace("_", "").isalnum()
         and label.isascii()
@@ -8781,7 +8790,7 @@ def parse_endpoint(text: str, port: int = DOT_PORT) -> Endpoint:
     if (sharp and not is_host(name)) or not is_host(host) or not port:
         hint = "write HOST[:PORT][#TLS-NAME], such as 9.9.9.9#dns.quad9.net"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
-    return Endpoint(host, port, name or host)
+    return Endpoint(host, port, (name or host).removesuffix("."))
 
 
 def parse_route(text: str) -> Route:
@@ -8808,6 +8817,13 @@ def parse_route(text: str) -> Route:
     return domain, parse_endpoint(address, DNS_PORT)._replace(name="")
 
 
+def parse_path(text: str) -> str:
+    """Parse the path of a file, for argparse: without one nothing would be read."""
+    if not text:
+        raise argparse.ArgumentTypeError("give the path of a file")
+    return text
+
+
 def parse_pin(text: str) -> tuple[str, str]:
     """Parse `TLS-NAME=BASE64`, for argparse."""
     name, _, pin = text.partition("=")
@@ -8818,13 +8834,13 @@ def parse_pin(text: str) -> tuple[str, str]:
     if not is_host(name) or len(digest) != hashlib.sha256().digest_size:
         hint = "write TLS-NAME=BASE64, where BASE64 is a SHA-256 of 44 characters"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
-    return name.lower(), base64.b64encode(digest).decode()
+    return name.lower().removesuffix("."), base64.b64encode(digest).decode()
 
 
 def parse_domain(text: str) -> bytes:
     """Parse a domain name into wire format and lower case, for argparse."""
-    name = text.rstrip(".")
-    if is_address(name) or not is_host(name):
+    name = text.removesuffix(".")
+    if is_address(name) or not is_host(text):
         hint = "give a domain name, such as example.com"
         raise argparse.ArgumentTypeError(f"{text!r}: {hint}")
     return encode_domain(name)
@@ -8900,6 +8916,8 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an options file as a shell does."""
+        if "\0" in arg_line:
+            self.error(f"{arg_line!r}: no option has such a character")
         try:
             return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
         except ValueError as error:
@@ -9029,6 +9047,7 @@ def add_trust_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ca-file",
         metavar="PEM",
+        type=parse_path,
         help="trust the CA certificates in this file only (default: the system's)",
     )
     group.add_argument(
@@ -9097,7 +9116,7 @@ def add_log_options(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="-",
         help="log each query to this file, which SIGHUP opens again, or to stderr "
-        "without one (default: off)",
+        "without one or with - (default: off)",
     )
     group.add_argument(
         "--query-log-privacy",
@@ -9233,7 +9252,12 @@ def parse_args(arguments: Sequence[str], environment: Mapping[str, str]) -> Conf
     Raises ConfigError; --help and --version print and raise SystemExit.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(arguments))
+    try:
+        given = vars(parser.parse_args(arguments))
+    except UnicodeDecodeError:
+        parser.error("a file of options has to be UTF-8")
+    except RecursionError:
+        parser.error("a file of options includes itself")
     missing = {name for name, value in given.items() if value is None}
     for name in sorted(missing - ERRANDS):
         text = environment.get(f"DOTPROXY_{name.upper()}", "")
@@ -9530,15 +9554,44 @@ def examine_stream_address(address: Address, use: str, option: str) -> Finding:
         return Finding(check, OK, f"held by {', '.join(holders)}, which runs")
     text = describe_bind_error(error, address, option)
     detail, _, cure = text.partition(": ")[2].partition("; ")
+    if error.errno == errno.EADDRINUSE and not holders:
+        detail = "taken by a program that cannot be seen"
+        return Finding(check, WARN, detail, f"if it is not dotproxy, {cure}")
     return Finding(check, FAIL, ", ".join([detail, *holders]), cure)
+
+
+def check_addresses(config: Config) -> None:
+    """Check that no two options want the same TCP port; raises ConfigError."""
+    wanted = [("--listen", address) for address in config.listen]
+    wanted += [("--tls-listen", address) for address in config.tls_listen]
+    wanted += [("--admin", config.admin)] if config.admin else []
+    for (option, first), (other, second) in itertools.combinations(wanted, 2):
+        one, two = (ipaddress.ip_address(host) for host, _ in (first, second))
+        wide = one.version == two.version and (one.is_unspecified or two.is_unspecified)
+        if first[1] == second[1] != 0 and (one == two or wide):
+            text = f"{option} and {other} both want {write_address(*second)}"
+            raise ConfigError(f"{text}; give one of them another port")
+
+
+def check_query_log(path: str | None) -> None:
+    """Check that lines can be appended to a file; raises ConfigError. Makes none."""
+    if path is None or path == "-":
+        return
+    there = os.path.exists(path)
+    place = path if there else os.path.dirname(path) or "."
+    needed = os.W_OK if there else os.W_OK | os.X_OK
+    if os.path.isdir(path) or not os.access(place, needed):
+        raise ConfigError(f"cannot write to {path}; mend --query-log")
 
 
 def examine_parts(config: Config) -> list[Finding]:
     """Tell what else the options ask for that the proxy could not start with."""
     findings = []
     for check, wanted, make in (
+        ("addresses", None, lambda: check_addresses(config)),
         ("own certificate", config.tls_cert, lambda: load_identity(config)),
         ("private answers", config.allow_private, lambda: make_guard(config, ())),
+        ("query log", config.query_log, lambda: check_query_log(config.query_log)),
     ):
         try:
             make()
@@ -10407,14 +10460,25 @@ def run(config: Config, log: OperationalLog) -> int:
     return 0
 
 
+def print_out(text: str) -> None:
+    """Print what may have any character; raises ConfigError where nobody takes it."""
+    try:
+        print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python tries again
+        reason = f"cannot write to stdout: {error.strerror}"
+        raise ConfigError(reason, status=1) from error
+
+
 def run_health_check(config: Config) -> int:
     """Print how the running proxy does; return the exit status. Raises ConfigError."""
     address = config.listen[0]
     if not address[1]:
         text = "--healthcheck cannot know the port: give --listen ADDR:PORT"
         raise ConfigError(text, status=1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
     verdict = check_health(address, config.timeout + HEALTH_GRACE)
-    print(verdict.line.encode("ascii", "backslashreplace").decode())
+    print_out(verdict.line)
     return 0 if verdict.healthy else 1
 
 
@@ -10423,7 +10487,7 @@ def run_doctor(config: Config) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
     reports = examine(config)
     text = json_report if config.log_format == "json" else text_report
-    print(text(reports).encode("ascii", "backslashreplace").decode())
+    print_out(text(reports))
     return 1 if count_results(reports)[FAIL] else 0
 
 

@@ -2367,6 +2367,17 @@ class DashboardTest(DotproxyTestCase):
             refs = [target["refId"] for target in panel["targets"]]
             self.assertEqual(len(refs), len(set(refs)), panel["title"])
 
+    def test_lines_of_a_panel_are_told_apart_by_their_legends(self) -> None:
+        for panel in self.panels:
+            legends = [target["legendFormat"] for target in panel["targets"]]
+            self.assertEqual(len(legends), len(set(legends)), panel["title"])
+
+    def test_seconds_of_several_instances_are_not_added_up(self) -> None:
+        for panel in self.panels:
+            for target in panel["targets"]:
+                if re.search(r"_(latency|life)_seconds\b", target["expr"]):
+                    self.assertRegex(target["expr"], r"\Amax by \(upstream\)")
+
     def test_panels_do_not_overlap(self) -> None:
         taken: set[tuple[int, int]] = set()
         for panel in self.board["panels"]:
@@ -11713,6 +11724,10 @@ class ConfigTest(DotproxyTestCase):
             (["@/no/such/file"], ["/no/such/file"]),
             (["--ca-file=/no/such.pem"], ["/no/such.pem", "--ca-file"]),
             ([f"--ca-file={dotproxy.__file__}"], ["dotproxy.py", "no certificate"]),
+            (["--ca-file="], ["--ca-file", "path of a file"]),
+            (["--upstream=dns.example.."], ["'dns.example..'"]),
+            (["--upstream=192.0.2.1#dot.test.."], ["dot.test..", "TLS-NAME"]),
+            (["--allow-private=example.."], ["'example..'"]),
             (["--tls-listen=localhost"], ["'localhost'", "127.0.0.1:853"]),
             (["--tls-listen=::1"], ["--tls-listen needs", "--tls-cert PEM"]),
             (["--tls-cert=/a.pem"], ["--tls-cert", "give --tls-listen"]),
@@ -11731,12 +11746,27 @@ class ConfigTest(DotproxyTestCase):
 
         self.assertIn("timeout", str(caught.exception).lower())
 
-    def test_bad_quotes_in_a_file_are_one_line(self) -> None:
-        with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-            file.write("--ca-file 'no end\n")
-            file.flush()
+    def test_what_is_bad_in_a_file_is_told_in_one_line(self) -> None:
+        for octets in (
+            b"--ca-file 'no end\n",
+            b"--timeout=\xfc\n",
+            b"--ca-file=a\0b\n",
+            b"@PATH\n",
+        ):
+            with tempfile.NamedTemporaryFile(suffix=".conf") as file:
+                file.write(octets.replace(b"PATH", file.name.encode()))
+                file.flush()
+                with self.subTest(octets):
+                    self.assertIn("dotproxy: ", self.error_line(f"@{file.name}"))
 
-            self.assertIn("dotproxy: ", self.error_line(f"@{file.name}"))
+    def test_dot_at_the_end_of_a_name_is_not_in_certificates(self) -> None:
+        pin = f"--pin=DNS.example.={GOOD_PIN}"
+        config = configured("--upstream=dns.example.", pin)
+
+        self.assertEqual(
+            config.upstream, (Endpoint("dns.example.", 853, "dns.example"),)
+        )
+        self.assertEqual(config.pin, (("dns.example", GOOD_PIN),))
 
     def printed(self, option: str) -> str:
         stdout = io.StringIO()
@@ -11957,6 +11987,44 @@ class HostExaminationTest(DotproxyTestCase):
                 self.assertEqual(finding.result, FAIL)
                 self.assertIn(f"(pid {os.getpid()})", finding.detail)
                 self.assertIn("choose another port with --listen", finding.cure)
+
+    def test_port_of_somebody_who_cannot_be_seen_is_noted(self) -> None:
+        unseen = mock.patch.object(dotproxy, "find_holders", return_value=[])
+        with socket.create_server((LOCALHOST, 0)) as holder, unseen:
+            address = holder.getsockname()
+            finding = dotproxy.examine_stream_address(address, "HTTP", "--admin")
+
+        self.assertEqual(finding.result, dotproxy.WARN)
+        self.assertIn("if it is not dotproxy, ", finding.cure)
+
+    def test_options_that_want_the_same_port_are_told(self) -> None:
+        for arguments, text in (
+            (["--listen=127.0.0.1:53", "--admin=53"], "--listen and --admin"),
+            (["--listen=0.0.0.0:53", "--listen=127.0.0.1:53"], "127.0.0.1:53"),
+            (["--listen=[::1]:53", "--tls-listen=[::]:53"], "[::]:53"),
+        ):
+            with (
+                self.subTest(text),
+                self.assertRaisesRegex(dotproxy.ConfigError, re.escape(text)),
+            ):
+                dotproxy.check_addresses(configured(*arguments))
+        for arguments in (
+            ["--listen=0.0.0.0:53", "--listen=[::]:53"],
+            ["--listen=127.0.0.1:53", "--listen=127.0.0.2:53"],
+            ["--listen=127.0.0.1:0", "--admin=0"],
+        ):
+            with self.subTest(arguments):
+                dotproxy.check_addresses(configured(*arguments))
+
+    def test_query_log_that_cannot_be_written_is_told(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("", "absent/query.log"):
+                with self.assertRaisesRegex(dotproxy.ConfigError, "mend --query-log"):
+                    dotproxy.check_query_log(os.path.join(folder, name))
+            path = os.path.join(folder, "query.log")
+            dotproxy.check_query_log(path)
+            self.assertFalse(os.path.exists(path))
+        dotproxy.check_query_log("-")
 
     def test_address_for_encrypted_clients_is_examined(self) -> None:
         with socket.create_server((LOCALHOST, 0)) as holder:
