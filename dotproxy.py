@@ -5312,22 +5312,24 @@ def keepalive_told(response: Response) -> float | None:
 
 
 class SleepDetector:
-    """Notices that the host slept: time passed in which it was not awake."""
+    """Notices that the host slept, or was halted with its clocks.
 
-    JUMP = 5.0  # s; what is shorter breaks no connection
+    The wall clock gained on the one that stands still meanwhile.
+    """
 
-    def __init__(self, now: float, awake: Callable[[], float]) -> None:
-        """Prepare; `awake`: a clock that stands still while the host sleeps."""
+    JUMP = 5.0  # s; clocks are corrected by less, and what is shorter breaks nothing
+
+    def __init__(self, wall: Callable[[], float], awake: Callable[[], float]) -> None:
+        self._wall = wall
         self._awake = awake
-        self._slept = now - awake()
+        self._offset = wall() - awake()
 
-    def passed(self, now: float) -> bool:
+    def passed(self) -> bool:
         """Tell whether there was a sleep since it was asked last."""
-        slept = now - self._awake()
-        passed = slept - self._slept > self.JUMP
-        if passed:
-            self._slept = slept
-        return passed
+        gained = self._wall() - self._awake() - self._offset
+        if gained < 0.0 or gained > self.JUMP:  # less than 0: the clock was set back
+            self._offset += gained
+        return gained > self.JUMP
 
 
 class UpstreamGroup(ConnectionOwner):
@@ -5351,6 +5353,7 @@ class UpstreamGroup(ConnectionOwner):
         fail: Callable[[Sequence[Failure]], None],
         strategy: str = "fastest",
         clock: Callable[[], float] = elapsed,
+        wall: Callable[[], float] = time.time,
         awake: Callable[[], float] = time.monotonic,
         binding: ProcessorBinding | None = None,
     ) -> None:
@@ -5364,7 +5367,7 @@ class UpstreamGroup(ConnectionOwner):
         self._dispatcher = Dispatcher(self._fleet)
         self._active_at = 0.0
         self._watching = False  # the next look at the connections is planned
-        self._sleep = SleepDetector(clock(), awake)
+        self._sleep = SleepDetector(wall, awake)
         self._binding = binding or ProcessorBinding()
         self._sent = 0  # exchanges, since the last look
         self._ending: list[Connection] = []  # lost, but their threads may still run
@@ -5385,7 +5388,7 @@ class UpstreamGroup(ConnectionOwner):
             plan = Plan()
             self._active_at = now
             self._sent += len(exchanges)
-            if self._sleep.passed(now):
+            if self._sleep.passed():
                 self._fleet.flush(plan, now)
             patience = self._dispatcher.first(plan, exchanges, now)
             self._note_sends_locked(plan)
@@ -5549,7 +5552,7 @@ class UpstreamGroup(ConnectionOwner):
     def _look(self) -> None:
         """Keep connections in order while clients are active; called by the timer."""
         with self._planning() as (plan, now):
-            if self._sleep.passed(now):
+            if self._sleep.passed():
                 self._fleet.flush(plan, now)
             self._fleet.look(plan, now)
             active = now - self._active_at < self.ACTIVE and not self._closed

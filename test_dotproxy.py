@@ -4870,7 +4870,7 @@ class StubProxyTestCase(MemoryTestCase):
         quiet = mock.patch.object(dotproxy.logger, "disabled", True)
         quiet.start()
         self.addCleanup(quiet.stop)
-        self.awake = Clock()
+        self.wall, self.awake = Clock(), Clock()
         self.answers: list[Message] = []
         self.build()
 
@@ -4882,7 +4882,7 @@ class StubProxyTestCase(MemoryTestCase):
     ) -> None:
         self.connections.clear()
         self.timer = ManualTimer(self.clock)
-        group = functools.partial(UpstreamGroup, awake=self.awake)
+        group = functools.partial(UpstreamGroup, wall=self.wall, awake=self.awake)
         with mock.patch.object(dotproxy, "UpstreamGroup", group):
             self.proxy = Proxy(
                 endpoints(count),
@@ -4928,11 +4928,13 @@ class StubProxyTestCase(MemoryTestCase):
         return self.proxy.describe()[0]
 
     def advance(self, seconds: float) -> None:
+        self.wall.advance(seconds)
         self.awake.advance(seconds)
         self.timer.advance(seconds)
 
     def sleep(self) -> None:
         """Have the host sleep for as long as it takes to matter."""
+        self.wall.advance(SleepDetector.JUMP + 1.0)
         self.clock.advance(SleepDetector.JUMP + 1.0)
 
 
@@ -5169,6 +5171,18 @@ class ProxyTest(StubProxyTestCase):
         stale.lose()
 
         self.assertEqual(sorted(self.connections[1].names), ["a", "b"])
+
+    def test_sleep_of_all_clocks_but_the_walls_is_seen(self) -> None:
+        self.proxy.start()
+        stale = self.connections[0].open()
+        self.wall.advance(-100.0)
+        self.advance(0.3)
+        self.assertFalse(stale.closed)
+
+        self.wall.advance(SleepDetector.JUMP + 1.0)
+        self.advance(0.3)
+
+        self.assertTrue(stale.closed)
 
     def test_upstream_that_closes_at_once_is_not_stormed(self) -> None:
         self.proxy.start()
