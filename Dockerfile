@@ -10,7 +10,7 @@ ARG MODULES="__future__ _collections_abc _colorize _opcode_metadata _py_warnings
   collections contextlib copy copyreg dataclasses datetime dis email enum fnmatch \
   functools genericpath gettext glob hashlib heapq html http importlib inspect io \
   ipaddress json keyword linecache locale logging mimetypes ntpath opcode operator os \
-  platform posixpath queue quopri random re reprlib selectors shlex shutil signal \
+  posixpath queue quopri random re reprlib selectors shlex shutil signal \
   socket socketserver sre_compile sre_constants sre_parse ssl stat string stringprep \
   struct subprocess textwrap threading token tokenize traceback types typing urllib uu \
   warnings weakref"

@@ -136,7 +136,6 @@ import json
 import logging
 import math
 import os
-import platform
 import pwd
 import queue
 import random
@@ -1563,7 +1562,7 @@ class Metrics(Observer):
             yield "dotproxy_turned_away_total", (reason,), number
         yield "dotproxy_cache_misses_total", (), misses
         yield "process_start_time_seconds", (), self._created
-        versions = __version__, platform.python_version(), ssl.OPENSSL_VERSION
+        versions = __version__, sys.version.split()[0], ssl.OPENSSL_VERSION
         yield "dotproxy_build_info", versions, 1
 
     def _count_locked(self, tally: list[Label]) -> None:
@@ -3228,11 +3227,12 @@ class LocalAnswers:
 
 def leading_octets(*networks: str) -> frozenset[bytes]:
     """Return the first two octets of all addresses in networks of at most /16."""
-    return frozenset(
-        part.network_address.packed[:2]
-        for network in networks
-        for part in ipaddress.ip_network(network).subnets(new_prefix=16)
-    )
+    found = set()
+    for network in map(ipaddress.ip_network, networks):
+        first = int.from_bytes(network.network_address.packed[:2], "big")
+        for number in range(first, first + (1 << 16 - network.prefixlen)):
+            found.add(number.to_bytes(2, "big"))
+    return frozenset(found)
 
 
 # Unspecified, private (RFC 1918, RFC 4193, RFC 3879), shared (RFC 6598), loopback and
