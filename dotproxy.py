@@ -275,11 +275,11 @@ class ConfigError(DotproxyError):
 # ---- Time ----------------------------------------------------------------------------
 
 # Seconds that never go back, those in which the host slept among them, as the TTL of a
-# record is real time. Linux's monotonic clock leaves them out, and so does Python's on
-# macOS, whose own CLOCK_MONOTONIC counts them. It is every `clock` but that of the
-# Supervisor, as systemd leaves them out.
+# record is real time; `time.monotonic` leaves them out. It is every `clock` but that of
+# the Supervisor, as systemd leaves them out.
+ELAPSED = "CLOCK_MONOTONIC_RAW" if sys.platform == "darwin" else "CLOCK_BOOTTIME"
 elapsed: Callable[[], float] = functools.partial(
-    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    time.clock_gettime, getattr(time, ELAPSED, time.CLOCK_MONOTONIC)
 )
 
 
@@ -1844,12 +1844,12 @@ class Courier(Generic[T]):
         self._gather = gather
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._ended = threading.Event()
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards all below, but for _carried
         self._changed = threading.Condition(self._lock)  # told of the first item
         self._items: list[T] = []
         self._waiting = 0  # what the items take of the limit
         self._lines = 0  # that they stand for
-        self._carried = 0  # the same of those that are being delivered
+        self._carried = 0  # the same of those being delivered, by who delivers them
         self._dropped = 0
 
     @property
@@ -2150,7 +2150,7 @@ class AnsweredAtOnce(NamedTuple):
 
     given: Sequence[Given]
     labels: Sequence[Label]  # one for each of those given
-    times: tuple[float, float]  # when they came, monotonic; seconds that it took
+    times: tuple[float, float]  # when they came, by `elapsed`; seconds it took
 
 
 class AnsweredLater(NamedTuple):
@@ -2162,7 +2162,7 @@ class AnsweredLater(NamedTuple):
 
     answers: Sequence[Answered]
     origin: Origin
-    now: float  # monotonic
+    now: float  # by `elapsed`
 
 
 AnsweredBatch = Union[AnsweredAtOnce, AnsweredLater]
@@ -4096,7 +4096,8 @@ class Line:
             ) from None
         failure = OSError(errno.EADDRNOTAVAIL, "no address")
         for number, (family, kind, protocol, _, address) in enumerate(found):
-            share = (deadline - self._clock()) / (len(found) - number)
+            # Half of what is left: who answers needs a round trip, however many follow.
+            share = (deadline - self._clock()) / min(len(found) - number, 2)
             try:
                 raw = socket.socket(family, kind, protocol)
                 self._begin_to_connect(raw, address)
@@ -4688,7 +4689,7 @@ class Upstream:
         self.counts["handshakes", error.cause] += 1
         self.counts["failures", error.cause] += 1
         if any(c.is_open and c.opened_at > begun for c in self.connections):
-            return False  # another one, which was begun later, did
+            return False  # another one has since
         self.health.failed(self.dialed_at, now, error)
         if not self.health.down(now) or error.cause in self.reported:
             return False
@@ -6482,7 +6483,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         self.proxy = proxy
         self.admission = admission
         self.clock = clock
-        self.turned_at = clock()  # when the receiving loop last came round
+        self.turned_at = time.monotonic()  # when its loop last came round, awake
         self._pool = pool
         self._inherited = inherited
         host = ipaddress.ip_address(address[0])
@@ -6514,7 +6515,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
 
     def service_actions(self) -> None:
         """Note that the loop turns: socketserver calls this twice a second or more."""
-        self.turned_at = self.clock()
+        self.turned_at = time.monotonic()
 
     def get_request(self) -> tuple[Batch, Address]:  # type: ignore[override]
         """Drain the socket: return a batch of datagrams as one request."""
@@ -6950,7 +6951,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         self.admission = admission
         self.idle_timeout = idle_timeout
         self.clock = clock
-        self.turned_at = clock()  # when the accepting loop last came round
+        self.turned_at = time.monotonic()  # when its loop last came round, awake
         self._inherited = inherited
         self._pool = pool
         self._short_at = -math.inf  # when descriptors last ran out
@@ -6969,7 +6970,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
 
     def service_actions(self) -> None:
         """Note that the loop turns: socketserver calls this twice a second or more."""
-        self.turned_at = self.clock()
+        self.turned_at = time.monotonic()
 
     def get_request(self) -> tuple[socket.socket, Address]:
         """Accept a client; where there is no descriptor for it, pause, do not spin."""
@@ -8277,7 +8278,7 @@ class AdminPages:
             figures=Figures(self._metrics.samples()),
             window=self._history.window(),
             standings=self._proxy.standings(),
-            turning=self._is_turning(now),
+            turning=self._is_turning(time.monotonic()),
             trouble=self._proxy.trouble(),
             listen=self._listen,
             cache_limit=self._cache_limit,
@@ -8291,7 +8292,7 @@ class AdminPages:
         return Page(text, kind)
 
     def _show_health(self, _: str) -> Page:
-        turning = self._is_turning(self._clock())
+        turning = self._is_turning(time.monotonic())
         return Page("OK\n") if turning else Page(f"{STUCK}\n", status=503)
 
     def _show_ready(self, _: str) -> Page:
@@ -10341,7 +10342,10 @@ class Daemon:
         )
 
     def is_turning(self, now: float) -> bool:
-        """Tell whether every loop that receives from clients has come round of late."""
+        """Tell whether every loop that receives from clients has come round of late.
+
+        `now`: of `time.monotonic`, as none comes round while the host sleeps.
+        """
         return all(now - server.turned_at < self.STUCK for server in self.servers)
 
     def status(self) -> str:
@@ -10401,7 +10405,7 @@ def tune_collector() -> None:
 def wait_for_signal(received: int, daemon: Daemon, supervisor: Supervisor) -> int:
     """Wait for a signal at its pipe; meanwhile report to the supervisor."""
     while not select.select([received], [], [], supervisor.patience())[0]:
-        alive = daemon.is_turning(elapsed())
+        alive = daemon.is_turning(time.monotonic())
         supervisor.report(daemon.status(), alive=alive)
     return os.read(received, 1)[0]
 
