@@ -7232,7 +7232,7 @@ class Page(NamedTuple):
     policy: str = "default-src 'none'"  # the Content-Security-Policy
 
 
-# Imported by the first AdminServer: it is 20 of the 250 ms of a start, and 2 MiB.
+# Imported by the first AdminServer: it is 10 to 20 of the 250 ms of a start, and 2 MiB.
 if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler
 else:
