@@ -78,7 +78,7 @@ Threads
 Locks (none is ever held while another is taken, or over I/O, a callback or a log call,
 but for those of Line, StreamHandler and AdminServer, over system calls that do not
 wait, that of Output, held by the threads log and querylog while they write, and those
-of WorkerPool and Connection, held while a thread is started, and TLSChannel's, which is
+of WorkerPool and Connection, held while a thread is started, and Channel's, which is
 taken last of all, over memory alone: under StreamHandler's, so that what is encrypted
 in turn is sent in turn, and under TLSServer.turns)
 
@@ -92,7 +92,7 @@ in turn is sent in turn, and under TLSServer.turns)
                          connections, the retry state of exchanges, what is counted
     Connection._lock     pending IDs, whether its thread may start
     Outbox._lock         frames to send, who flushes
-    TLSChannel._lock     the TLS object and its two memory buffers
+    Channel._lock     the TLS object and its two memory buffers
     Line._lock           the socket, against being closed while another thread uses it
     Timer._condition     what is due
     WorkerPool._lock     number of threads, of idle ones and of waiting tasks
@@ -281,6 +281,93 @@ ELAPSED = "CLOCK_MONOTONIC_RAW" if sys.platform == "darwin" else "CLOCK_BOOTTIME
 elapsed: Callable[[], float] = functools.partial(
     time.clock_gettime, getattr(time, ELAPSED, time.CLOCK_MONOTONIC)
 )
+
+
+# ---- Addresses and settings ----------------------------------------------------------
+# Where clients and upstreams are, and the one Config that all parts are given.
+
+Address = tuple[str, int]
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+# Addresses that cannot come from the Internet: loopback, private (RFC 1918), shared
+# (RFC 6598), link-local and unique local ones (RFC 4193).
+LOCAL_NETWORKS: tuple[Network, ...] = (
+    *map(ipaddress.IPv4Network, ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12")),
+    *map(ipaddress.IPv4Network, ("192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10")),
+    *map(ipaddress.IPv6Network, ("::1/128", "fe80::/10", "fc00::/7")),
+)
+RATE_LIMIT = 50  # queries/s of one prefix: ten times what a busy household asks
+
+
+def write_address(host: str, port: int) -> str:
+    """Write an address and a port as people do: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Endpoint(NamedTuple):
+    """An upstream's address and the name that its certificate has to prove.
+
+    Without a name it is asked in clear text, over TCP.
+    """
+
+    host: str
+    port: int
+    name: str
+
+    def __str__(self) -> str:
+        where = write_address(self.host, self.port)
+        return f"{where}#{self.name}" if self.name else f"tcp://{where}"
+
+
+Route = tuple[str, Endpoint]  # a domain in lower case, and one of its servers
+DEFAULT_PORT = 5353
+DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
+DEFAULT_ADMIN = ("127.0.0.1", 9153)  # the port of CoreDNS's metrics
+DOT_PORT = 853  # RFC 7858 section 3.1
+DEFAULT_UPSTREAMS = tuple(
+    Endpoint(host, DOT_PORT, "cloudflare-dns.com")
+    for host in ("1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001")
+)
+
+
+class Config(NamedTuple):
+    """All options, checked."""
+
+    listen: tuple[Address, ...] = DEFAULT_LISTEN
+    upstream: tuple[Endpoint, ...] = DEFAULT_UPSTREAMS
+    route: tuple[Route, ...] = ()
+    tls_listen: tuple[Address, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    ca_file: str | None = None
+    pin: tuple[tuple[str, str], ...] = ()  # pairs of a TLS name and a public_key_pin
+    tls_min: str = "1.2"
+    strategy: str = "fastest"
+    timeout: float = 4.8
+    cache_size: int = 32 << 20
+    cache_min_ttl: int = 0
+    cache_max_ttl: int = 7 * 86400
+    cache_fail_ttl: float = 1.0
+    cache_stale: float = 86400.0
+    forward_special: tuple[bytes, ...] = ()
+    block_private_answers: bool = False
+    allow_private: tuple[bytes, ...] = ()
+    max_in_flight: int = 10_000
+    max_tcp_clients: int = 512
+    max_tcp_per_client: int = 256
+    allow: tuple[Network, ...] = LOCAL_NETWORKS
+    rate_limit: float = RATE_LIMIT
+    rate_limit_all: bool = False
+    user: str | None = None  # then nobody, where it starts as root
+    admin: Address | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+    query_log: str | None = None
+    query_log_privacy: str = "prefix"
+    listen_given: bool = False
+    healthcheck: bool = False
+    doctor: str | None = None
 
 
 # ---- Messages (RFC 1035, RFC 6891, RFC 7830, RFC 8467) -------------------------------
@@ -1770,6 +1857,18 @@ def build_dashboard() -> dict[str, object]:
 
 ECS_VERSION = "9.4.0"
 PRIORITIES = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}  # of levels for journald, sd-daemon(3)
+
+
+def note(level: int, event: str, *, bug: bool = False, **facts: object) -> None:
+    """Log an event and its facts, as `event: key=value` or JSON; `bug`: and the error.
+
+    Any thread may call it, with no lock held; it never blocks.
+    """
+    if logger.isEnabledFor(level):
+        pairs = " ".join(f"{key}={value}" for key, value in facts.items())
+        text = f"{event}: {pairs}" if facts else event
+        extra = {"event": event, "facts": facts}
+        logger.log(level, "%s", text, exc_info=bug, extra=extra)
 
 
 def is_journal(descriptor: int, environment: Mapping[str, str]) -> bool:
@@ -3517,26 +3616,6 @@ class WorkerPool:
 # connections.
 
 
-def write_address(host: str, port: int) -> str:
-    """Write an address and a port as people do: IPv6 in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class Endpoint(NamedTuple):
-    """An upstream's address and the name that its certificate has to prove.
-
-    Without a name it is asked in clear text, over TCP.
-    """
-
-    host: str
-    port: int
-    name: str
-
-    def __str__(self) -> str:
-        where = write_address(self.host, self.port)
-        return f"{where}#{self.name}" if self.name else f"tcp://{where}"
-
-
 SEQUENCE, INTEGER, EXPLICIT_0 = 0x30, 0x02, 0xA0  # tags of DER, X.690
 
 
@@ -3825,26 +3904,26 @@ class TLSFacts(NamedTuple):
     expires: float = 0  # when the certificate does, in s since 1970; 0: not known
 
 
-class TLSChannel:
+class Channel:
     """One end of a TLS session, on memory buffers; no socket, no waiting.
 
-    An OpenSSL object may not be used by two threads at once (openssl #18209), and
-    CPython does not see to it. Any thread may call any method: each holds the lock,
-    over calls that touch memory only.
+    Without a context there is no TLS: octets pass as they are. An OpenSSL object may
+    not be used by two threads at once (openssl #18209), and CPython does not see to it.
+    Any thread may call any method: each holds the lock, over calls that touch memory.
     """
 
     RECORD = 16384  # octets of plaintext that a TLS record has at most
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        context: ssl.SSLContext | None = None,
         name: str | None = None,
         session: ssl.SSLSession | None = None,
     ) -> None:
         """Make a client's end, or the server's where there is no `name` to prove."""
         self._lock = threading.Lock()  # guards the two buffers and the TLS object
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
+        self._tls = context and context.wrap_bio(
             self._incoming,
             self._outgoing,
             server_side=name is None,
@@ -3857,6 +3936,8 @@ class TLSChannel:
 
         Raises ssl.SSLError; `farewell` then has the alert that says why.
         """
+        if self._tls is None:
+            return b"", True
         with self._lock:
             self._incoming.write(octets)
             try:
@@ -3868,6 +3949,8 @@ class TLSChannel:
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """Return the octets to send for this plaintext, and for TLS itself."""
+        if self._tls is None:
+            return plaintext
         with self._lock:
             if plaintext:
                 self._tls.write(plaintext)
@@ -3877,6 +3960,8 @@ class TLSChannel:
         self, octets: memoryview | bytes
     ) -> tuple[bytes, UpstreamError | None, bool]:
         """Return the plaintext, why there will be no more, and if `encrypt` is due."""
+        if self._tls is None:
+            return bytes(octets), None, False
         parts, failure = [], None
         with self._lock:
             self._incoming.write(octets)
@@ -3897,23 +3982,24 @@ class TLSChannel:
 
     def farewell(self) -> bytes:
         """Return the last octets to send: close_notify, or the alert that is due."""
+        if self._tls is None:
+            return b""
         with self._lock:
             with contextlib.suppress(ssl.SSLError, ValueError):
                 self._tls.unwrap()
             return self._outgoing.read()
 
-    def certificate(self) -> bytes:
-        """Return the server's own certificate in DER, also where it was resumed."""
-        with self._lock:
-            return self._tls.getpeercert(binary_form=True) or b""
-
     def session(self) -> ssl.SSLSession | None:
         """Return the session to resume; complete only after the first answer."""
+        if self._tls is None:
+            return None
         with self._lock:
             return self._tls.session
 
     def facts(self) -> TLSFacts:
         """Return what the handshake agreed on."""
+        if self._tls is None:
+            return TLSFacts("none")
         with self._lock:
             version, resumed = self._tls.version() or "", self._tls.session_reused
             certificate = self._tls.getpeercert() or {}
@@ -3921,8 +4007,14 @@ class TLSChannel:
         seconds = ssl.cert_time_to_seconds(expiry) if isinstance(expiry, str) else 0
         return TLSFacts(version, bool(resumed), seconds)
 
-    def peer(self) -> Peer:
+    def certificate(self) -> bytes:
+        """Return the server's own certificate in DER, also where it was resumed."""
+        return (self._tls and self._tls.getpeercert(binary_form=True)) or b""
+
+    def peer(self) -> Peer | None:
         """Return all there is to know of the other end of an open session."""
+        if self._tls is None:
+            return None
         with self._lock:
             tls = self._tls
             cipher, alpn = tls.cipher(), tls.selected_alpn_protocol()
@@ -3934,35 +4026,6 @@ class TLSChannel:
                 names_of(tls),
                 tls.getpeercert(True) or b"",
             )
-
-
-class PlainChannel:
-    """What is in place of a TLSChannel where there is no TLS: octets pass as is."""
-
-    def encrypt(self, plaintext: bytes) -> bytes:
-        """Return the octets to send for this plaintext."""
-        return plaintext
-
-    def decrypt(self, octets: memoryview) -> tuple[bytes, UpstreamError | None, bool]:
-        """Return the plaintext; there is no reason to end, nor anything to say."""
-        return bytes(octets), None, False
-
-    def farewell(self) -> bytes:
-        """Return the last octets to send: none."""
-        return b""
-
-    def session(self) -> None:
-        """Return None: nothing can be resumed."""
-
-    def facts(self) -> TLSFacts:
-        """Return what is logged of a TLS version and of resumption."""
-        return TLSFacts("none")
-
-    def peer(self) -> None:
-        """Return None: nothing is known of who answers."""
-
-
-Channel = Union[TLSChannel, PlainChannel]
 
 
 def shake_hands(
@@ -3985,7 +4048,7 @@ def shake_hands(
         raw.sendall(octets)
         if done:
             return
-        octets = raw.recv(TLSChannel.RECORD)
+        octets = raw.recv(Channel.RECORD)
         if not octets:
             raise UpstreamError("tls", "closed during the TLS handshake")
         octets, done = step(octets)
@@ -4028,8 +4091,8 @@ class Line:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self._endpoint.name:
             raw.settimeout(None)
-            return PlainChannel(), round_trip
-        channel = TLSChannel(self._trust.context, self._endpoint.name, session)
+            return Channel(), round_trip
+        channel = Channel(self._trust.context, self._endpoint.name, session)
         deadline = self._clock() + patience[1]
         try:
             shake_hands(raw, channel.shake_hands, deadline, self._clock)
@@ -5772,9 +5835,6 @@ class Shelf:
         hot[message] = min(until, entry.expires), ready
 
 
-Route = tuple[str, Endpoint]  # a domain in lower case, and one of its servers
-
-
 def begins_label(name: bytes, offset: int) -> bool:
     """Tell whether a label of this name in wire format, or its end, is at `offset`."""
     start = 0
@@ -5916,6 +5976,10 @@ class Witness:
             batch = AnsweredAtOnce(given, tally, times)
             self.query_log.put(batch, len(given), octets)
 
+    def turned_away(self, reason: str, number: int = 1) -> None:
+        """Tell the observer of queries or connections turned away."""
+        self.observer.turned_away(reason, number)
+
     def later(self, answers: Sequence[Answered], origin: Origin, now: float) -> None:
         """Tell the observer and the query log of queries that had to wait."""
         self.observer.answered(answers, origin, now)
@@ -5945,11 +6009,11 @@ class Proxy:
         routes: Iterable[Route] = (),
         local: LocalAnswers | None = None,
         guard: RebindingGuard | None = None,
-        witness: Witness | None = None,
+        metrics: Witness | None = None,
         clock: Callable[[], float] = elapsed,
     ) -> None:
         """Prepare a proxy; `timeout`: seconds after which a query gets SERVFAIL."""
-        self.witness = witness or Witness()
+        self.metrics = metrics or Witness()
         self._timer, self._clock = timer, clock
         self._cache, self._guard = cache, guard
         self._timeout = timeout
@@ -6048,7 +6112,7 @@ class Proxy:
         if shed:
             error = UpstreamError("overload", "too many queries in flight")
             self._answer([(shed, failure_response(error))], (LOCAL, None), now)
-            self.witness.observer.turned_away("overload", len(shed))
+            self.metrics.turned_away("overload", len(shed))
         for exchange in aging:
             serve = functools.partial(self._serve_stale, exchange)
             self._timer.at(now + Cache.STALE_AFTER, serve)
@@ -6145,7 +6209,7 @@ class Proxy:
                 reply(message, query.client)
                 answered.append((query, message, rcode))
         if answered:
-            self.witness.later(answered, origin, now)
+            self.metrics.later(answered, origin, now)
 
     def _answer_cached(
         self, query: Query, entry: CacheEntry, source: str, now: float
@@ -6210,19 +6274,6 @@ class Proxy:
 # ---- Admission (RFC 5358) ------------------------------------------------------------
 # Who may ask, and how often. It knows addresses and time, nothing of messages: servers
 # ask it, and turn away whom it tells them to.
-
-IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
-# Addresses that cannot come from the Internet: loopback, private (RFC 1918), shared
-# (RFC 6598), link-local and unique local ones (RFC 4193).
-LOCAL_NETWORKS: tuple[Network, ...] = (
-    *map(ipaddress.IPv4Network, ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12")),
-    *map(ipaddress.IPv4Network, ("192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10")),
-    *map(ipaddress.IPv6Network, ("::1/128", "fe80::/10", "fc00::/7")),
-)
-RATE_LIMIT = 50  # queries/s of one prefix: ten times what a busy household asks
-
 
 def parse_client(host: str) -> IPAddress:
     """Parse the address of a client, which is IPv4 where IPv6 only carries that."""
@@ -6395,7 +6446,6 @@ class Admission:
 # From sockets to the Proxy and back. They know sizes, addresses and time-outs, nothing
 # of names.
 
-Address = tuple[str, int]
 Datagram = tuple[bytes, Address]
 Way = Sequence["tuple[int, int, bytes]"]  # back to a client: from which address
 Batch = tuple["list[Datagram]", "list[Way]"]  # ways only from a wildcard socket
@@ -6546,7 +6596,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         lookup, respond = self._lookup, self.reply
         misses: list[Waiter] = []
         tally: list[Label] = []
-        logged = proxy.witness.query_log is not None
+        logged = proxy.metrics.query_log is not None
         given: list[Given] = []
         batch, ways = request
         for (message, address), way in zip(batch, ways or itertools.repeat(())):
@@ -6565,7 +6615,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         if misses:
             self._hand_on(misses, client_address)
         if tally:
-            proxy.witness.at_once(tally, given, (now, self.clock() - now))
+            proxy.metrics.at_once(tally, given, (now, self.clock() - now))
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Log an error of ours."""
@@ -6592,7 +6642,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         if verdict is Verdict.ALLOW:
             return True
         logger.debug("turned away: client=%s verdict=%s", address[0], verdict.value)
-        self.proxy.witness.observer.turned_away(REASONS[verdict])
+        self.proxy.metrics.turned_away(REASONS[verdict])
         if verdict is Verdict.REFUSE:
             short = build_short_answer(message, Rcode.REFUSED, options=self.PROHIBITED)
             self.reply(short, address, way)
@@ -6611,7 +6661,7 @@ class UDPServer(socketserver.ThreadingUDPServer):
         if len(misses) == 1:
             finish()
         elif not self._pool.submit(finish):
-            self.proxy.witness.observer.turned_away("backlog", len(misses))
+            self.proxy.metrics.turned_away("backlog", len(misses))
 
     def _receive_with_way(self) -> tuple[bytes, Way, Address]:
         message, ancillary, _, address = self.socket.recvmsg(self.max_packet_size, 128)
@@ -6771,7 +6821,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
         queries: list[Waiter] = []
         tally: list[Label] = []
         server, now = self.server, self.active_at
-        logged, client = server.proxy.witness.query_log is not None, self.client_address
+        logged, client = server.proxy.metrics.query_log is not None, self.client_address
         given: list[Given] = []
         lookup, transport = server.proxy.lookup, server.transport
         for message in messages[: self._paid]:
@@ -6796,7 +6846,7 @@ class StreamHandler(socketserver.BaseRequestHandler):
         if queries:
             server.proxy.resolve(queries)
         if tally:
-            server.proxy.witness.at_once(tally, given, (now, server.clock() - now))
+            server.proxy.metrics.at_once(tally, given, (now, server.clock() - now))
 
     def _push(self, octets: bytes, answers: int = 0) -> None:
         """Send what the kernel takes and keep the rest; break where it is hopeless."""
@@ -6992,7 +7042,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
         admitted = self.admission.admits(client_address[0])
         if not admitted:
             logger.debug("turned away: client=%s over=tcp", client_address[0])
-            self.proxy.witness.observer.turned_away("acl")
+            self.proxy.metrics.turned_away("acl")
         return admitted
 
     def process_request(  # type: ignore[override]
@@ -7140,7 +7190,7 @@ class TLSHandler(StreamHandler):
 
         Whoever connects and says nothing makes room before any client that is served.
         """
-        self._channel = TLSChannel(self.server.identity.context)
+        self._channel = Channel(self.server.identity.context)
         self._shaken = False  # the socket does not wait, and the channel may be used
         super().setup()
         self.active_at -= self.server.idle_timeout
@@ -8653,58 +8703,11 @@ def check_health(
 # ---- Command line --------------------------------------------------------------------
 # Options become a Config, checked; addresses to listen on become servers.
 
-DEFAULT_PORT = 5353
-DEFAULT_LISTEN = (("127.0.0.1", DEFAULT_PORT), ("::1", DEFAULT_PORT))
 WILDCARDS = ("0.0.0.0", "::")
 DNS_PORT = 53
-DEFAULT_ADMIN = ("127.0.0.1", 9153)  # the port of CoreDNS's metrics
-DOT_PORT = 853  # RFC 7858 section 3.1
-DEFAULT_UPSTREAMS = tuple(
-    Endpoint(host, DOT_PORT, "cloudflare-dns.com")
-    for host in ("1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001")
-)
 WORKERS = 2  # threads that send batches; 4 cost 10 % more CPU, waking each other
 BACKLOG = 256  # batches of UDP queries that may wait for a worker: about 0.3 s of work
 CLIENT_PATIENCE = 5.0  # s after which glibc's resolver gives up
-
-
-class Config(NamedTuple):
-    """All options, checked."""
-
-    listen: tuple[Address, ...] = DEFAULT_LISTEN
-    upstream: tuple[Endpoint, ...] = DEFAULT_UPSTREAMS
-    route: tuple[Route, ...] = ()
-    tls_listen: tuple[Address, ...] = ()
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    ca_file: str | None = None
-    pin: tuple[tuple[str, str], ...] = ()  # pairs of a TLS name and a public_key_pin
-    tls_min: str = "1.2"
-    strategy: str = "fastest"
-    timeout: float = 4.0
-    cache_size: int = 32 << 20
-    cache_min_ttl: int = 0
-    cache_max_ttl: int = 7 * 86400
-    cache_fail_ttl: float = 1.0
-    cache_stale: float = 86400.0
-    forward_special: tuple[bytes, ...] = ()
-    block_private_answers: bool = False
-    allow_private: tuple[bytes, ...] = ()
-    max_in_flight: int = 10_000
-    max_tcp_clients: int = 512
-    max_tcp_per_client: int = 256
-    allow: tuple[Network, ...] = LOCAL_NETWORKS
-    rate_limit: float = RATE_LIMIT
-    rate_limit_all: bool = False
-    user: str | None = None  # then nobody, where it starts as root
-    admin: Address | None = None
-    log_level: str = "info"
-    log_format: str = "text"
-    query_log: str | None = None
-    query_log_privacy: str = "prefix"
-    listen_given: bool = False
-    healthcheck: bool = False
-    doctor: str | None = None
 
 
 LISTS = {  # options that may be given repeatedly
@@ -10205,7 +10208,7 @@ def build_proxy(config: Config, timer: Timer, witness: Witness) -> Proxy:
         routes=config.route,
         local=LocalAnswers((*config.forward_special, *routed)),
         guard=make_guard(config, routed),
-        witness=witness,
+        metrics=witness,
     )
 
 

@@ -1222,7 +1222,7 @@ class Served(NamedTuple):
 
     def metrics(self) -> list[dotproxy.Sample]:
         """Return everything that is counted."""
-        observer = self.tcp.proxy.witness.observer
+        observer = self.tcp.proxy.metrics.observer
         assert isinstance(observer, dotproxy.Metrics)
         return observer.samples()
 
@@ -7809,7 +7809,7 @@ class ProxyMetricsTest(ProxyTestCase):
     def build(self, cache: Cache, guard: dotproxy.RebindingGuard | None = None) -> None:
         super().build(cache, guard)
         self.metrics = dotproxy.Metrics()
-        self.proxy.witness.observer = self.metrics
+        self.proxy.metrics.observer = self.metrics
 
     def responses(self, *labels: str) -> float:
         name = "dotproxy_dns_responses_total"
@@ -8814,7 +8814,7 @@ class BatchTest(DotproxyTestCase):
 
         self.receive(3)
 
-        turned_away = self.proxy.witness.observer.turned_away
+        turned_away = self.proxy.metrics.turned_away
         turned_away.assert_called_once_with("backlog", 3)
 
 
