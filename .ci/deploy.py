@@ -18,8 +18,9 @@ import yaml  # type: ignore[import-untyped]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
-# The name of the file, and the block behind it.
+# The name of a file and the block behind it; the command that makes another of one.
 BLOCK = re.compile(r"^`([\w.-]+\.yaml)`:\n\n```yaml\n(.*?)^```$", re.M | re.S)
+DERIVE = re.compile(r"^    \$ (sed .*\\\n.* > \S+\.yaml)$", re.M)
 COMPOSE = ("check-jsonschema", "--builtin-schema", "vendor.compose-spec")
 KUBERNETES = ("kubernetes-validate", "--strict")
 
@@ -31,7 +32,7 @@ def holds(*command: str) -> bool:
     return subprocess.run([str(TOOLS / tool), *options], cwd=CHECKOUT).returncode == 0
 
 
-def parse(text: str) -> list[object]:
+def parse(text: str) -> list[dict[str, object]]:
     """Parse documents, and those in the configurations of a Compose file."""
     documents = list(yaml.safe_load_all(text))
     for document in documents:
@@ -41,16 +42,20 @@ def parse(text: str) -> list[object]:
 
 
 def main() -> int:
-    blocks = BLOCK.findall((CHECKOUT / "README.md").read_text())
-    good = [len(blocks) >= 3, holds("hadolint", "Dockerfile")]
+    readme = (CHECKOUT / "README.md").read_text()
+    good = [holds("hadolint", "Dockerfile")]
     with tempfile.TemporaryDirectory() as directory:
-        for name, text in blocks:
-            print(f"{name}: {len(parse(text))} documents")
-            path = Path(directory, name)
-            path.write_text(text)
-            tool = COMPOSE if name == "compose.yaml" else KUBERNETES
-            good.append(holds(*tool, str(path)))
-    return 0 if all(good) else 1
+        for name, text in BLOCK.findall(readme):
+            Path(directory, name).write_text(text)
+        for command in DERIVE.findall(readme):
+            subprocess.run(command, shell=True, cwd=directory, check=True)
+        for path in sorted(Path(directory).iterdir()):
+            documents = parse(path.read_text())
+            kinds = [document.get("kind", "Compose") for document in documents]
+            print(f"{path.name}: {', '.join(map(str, kinds))}")
+            tool = COMPOSE if "Compose" in kinds else KUBERNETES
+            good += [holds(*tool, str(path)), len(kinds) == len(set(kinds))]
+    return 0 if all(good) and len(good) == 7 else 1
 
 
 if __name__ == "__main__":
