@@ -2466,6 +2466,14 @@ class WorkerPoolTest(DotproxyTestCase):
 
 
 class CertificateTest(DotproxyTestCase):
+    def test_named_authority_is_trusted_however_plain_on_every_python(self) -> None:
+        strict, partial = ssl.VERIFY_X509_STRICT, dotproxy.PARTIAL_CHAIN
+        flags = dotproxy.Trust(PKI.ca).context.verify_flags
+
+        self.assertEqual(flags & (strict | partial), partial)
+        usual = ssl.create_default_context().verify_flags  # for the system's store
+        self.assertEqual(dotproxy.Trust().context.verify_flags, usual)
+
     def test_pin_is_what_openssl_says(self) -> None:
         pins = {"ca": CA_PIN, "good": GOOD_PIN, "good2": GOOD2_PIN}
         pins["wrong_name"] = GOOD_PIN  # another certificate for the same key
