@@ -27,7 +27,7 @@ run: ## run the proxy on port 5353 of this machine
 	python3 dotproxy.py
 
 test: ## run the tests
-	python3 -X dev -W error test_dotproxy.py
+	python3 -W error test_dotproxy.py
 
 test-all: ## run the tests with every Python from 3.9 to 3.15 that works here, two at a time
 	@for python in $(filter-out $(OWN),$(PYTHONS)); do $$python -V > /dev/null 2>&1 && echo $$python; done | \
