@@ -5069,7 +5069,9 @@ class AdminServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Address]:
         return accept(self.socket)
 
-    def verify_request(self, request: socket.socket, client_address: Address) -> bool:  # type: ignore[override]
+    def verify_request(  # type: ignore[override]
+        self, request: socket.socket, client_address: Address
+    ) -> bool:
         with self._lock:
             if len(self._clients) < self.MAX_CLIENTS:
                 self._clients[request] = elapsed()
