@@ -2887,9 +2887,12 @@ class UpstreamGroup:
             self.closed = True
             for link in links:
                 plan.close(link, "ended")
+        end = elapsed() + 3 * Upstream.PATIENT
+        while any(link.running for link in links) and elapsed() < end:
+            time.sleep(self.CHECK)  # another thread may be about to start one
         for link in links:
             if link.thread is not None:
-                link.thread.join(3 * Upstream.PATIENT)
+                link.thread.join(max(0.0, end - elapsed()))
 
     def ask(self, waiters: Sequence[Waiter]) -> None:
         """Have these questions answered, each asked once for all who wait for it."""

@@ -2551,11 +2551,11 @@ SOBER_SCENES = {
             (
                 Scene(in_turn(failing(rcode), answer), queries=2),
                 Scene(failing(rcode), "bad", rcode, queries=2, counted=TWO_FAILED),
-                Scene(failing(rcode, whole=False), "bad", rcode, connections=1),
+                Scene(failing(rcode, whole=False), "bad", rcode, connections=2),
                 Scene(
                     failing(rcode, whole=False, options=BOGUS),
                     *("bad", rcode, "bogus"),
-                    connections=1,
+                    connections=2,
                 ),
             )
         )
@@ -4732,7 +4732,7 @@ class UDPv4ContractTest(DotproxyTestCase):
     def test_what_has_come_by_the_end_is_answered(self) -> None:
         gate = threading.Event()  # until it opens, the loops come round once more
         wait = functools.partial(gate.wait, 5)
-        held = mock.patch.object(dotproxy.Listener, "service_actions", wait)
+        held = mock.patch.object(dotproxy.Listener, "service_actions", lambda _: wait())
         with self.serve() as served:
             clients = [self.connect(served)]  # which shakes hands, if any does
             with held:
