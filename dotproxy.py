@@ -20,7 +20,7 @@ The path of a query
       UpstreamGroup.link_answered  Proxy.store: RebindingGuard.screen, Cache.put_all;
                                    Proxy.answer: reply -> sendto, for all who wait;
                                    UpstreamGroup._refuse: SERVFAIL, REFUSED and the
-                                   like are checked, with another upstream if any
+                                   like are asked again, of another upstream if any
       UpstreamGroup._check, _act   hedge, ask again, a stale answer (Proxy.serve_stale),
                                    SERVFAIL at the deadline (Proxy.fail)    [timer]
 
@@ -33,10 +33,11 @@ The path of a query
     a TTL                 Cache._prepare brings it within its bounds, once, in what is
                           stored and served; CacheEntry.answer and Cache.renew count it
                           down, or the former sets it anew, where it is stale
-    a link that ends      UpstreamGroup.link_ended: Upstream.note_end judges health,
-                          UpstreamGroup._lose asks again what was left unanswered
+    a lost connection     to an upstream: UpstreamGroup.link_ended; Upstream.note_end
+                          judges health, UpstreamGroup._lose asks again what was left
+                          unanswered. To a client: StreamHandler.finish
     an option             is described where it is a field of the one Config, and acts
-                          where `config.FIELD` is read
+                          where `config.FIELD` is read, mostly when objects are made
     start and end         run, Daemon.start; Daemon.__init__ stacks up what the end does
 
 Contracts that carry the design
@@ -46,27 +47,28 @@ Contracts that carry the design
                              whichever thread has the answer, SERVFAIL at worst, but
                              for what is left when Proxy.drain gives up at the end.
     reply(message, client)   never blocks, never raises.
-    Form                     what queries say beside ID and question; immutable, shared.
+    Form                     what queries say beside ID and QNAME; immutable, shared.
     Exchange                 one question in flight. New, overdue, lost and refused all
                              mean "send a copy, wait for a link, or fail it".
+    Link                     one connection to an upstream, and again one when wanted.
     Plan                     what was decided under a group's lock, on memory alone, to
                              be carried out after it is released.
 
-Threads, all started after a process that began as root has become another user
+Threads; those that serve are started once a process that began as root has given it up
 
     main          waits for signals; meanwhile tells systemd how it goes, if it asks
     udp-*         one per listening socket: receives, answers from the cache, sends on
     tcp-*         one per listening socket: accepts connections, those of TLS too
     stream        pool, one per connected TCP or DoT client: shakes hands, reads,
                   answers from the cache, sends on
-    upstream-*    one per link: connects, shakes hands, reads, replies
-    timer         whatever has to happen later
+    upstream-*    one per open link, up to 12 an upstream: connects, reads, replies
+    timer         hedges, time-outs, stale answers, refreshes: whatever is for later
     admin-*       accepts HTTP clients, each of which then has a thread of its own
     doctor        --doctor alone: pool, one per upstream
     log, querylog write the lines that others have made
 
 Locks: which guards what, and which may be held while it is taken. None is held over a
-callback or a call that waits for anybody else.
+callback or a call that waits for anybody else, but for the start of a pool's thread.
 
     UpstreamGroup.lock      exchanges, upstreams, what links have     Link._sending
                             pending and to send
@@ -82,9 +84,9 @@ callback or a call that waits for anybody else.
     LogHandler's own        messages logged of late                   itself
     Writer's                lines that wait                           LogHandler's
 
-    Tables of forms, ready answers, free clients and AdminServer's clients have no lock:
-    single operations of a dict or a set are atomic on every build. So it is where the
-    thread of a link, and nobody else, takes out of Link.pending.
+    Tables of forms and free clients, AdminServer's clients and who looks into the cache
+    have no lock: single operations of a dict or a set are atomic on every build. So it
+    is where the thread of a link, and nobody else, takes out of Link.pending.
 """
 
 from __future__ import annotations
