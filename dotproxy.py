@@ -230,7 +230,7 @@ elapsed: Callable[[], float] = functools.partial(
 
 
 # ---- Addresses -----------------------------------------------------------------------
-# Where clients and upstreams are.
+# Where clients and upstreams are, and which of them are near.
 
 Address = tuple[str, int]
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -243,6 +243,16 @@ LOCAL_NETWORKS: tuple[Network, ...] = (
     *map(ipaddress.IPv4Network, ("192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10")),
     *map(ipaddress.IPv6Network, ("::1/128", "fe80::/10", "fc00::/7")),
 )
+
+
+def parse_client(host: str) -> IPAddress:
+    """Parse the address of a client, which is IPv4 where IPv6 only carries that."""
+    address = ipaddress.ip_address(host)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_in(address: IPAddress, networks: Iterable[Network]) -> bool:
+    return any(address in network for network in networks)
 
 
 def write_address(host: str, port: int) -> str:
@@ -787,8 +797,8 @@ class Metrics:
 
     MAX_LABELS = 1024  # sorts of answer that are counted apart before they are summed
 
-    def __init__(self, query_log: QueryLog | None = None) -> None:
-        self.query_log = query_log
+    def __init__(self) -> None:
+        self.query_log: QueryLog | None = None
         # Are called by whoever looks; added to before any thread is started.
         self.collectors: list[Callable[[], Iterable[Sample]]] = [process_samples]
         self._lock = threading.Lock()  # guards all below
@@ -1265,8 +1275,7 @@ class QueryLog:
 
     def _make_client(self, address: str) -> str:
         """Make what the log says of a client, but for its port."""
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip  # which IPv6 only carries
+        ip = parse_client(address.partition("%")[0])
         field, text = "ip", str(ip)
         if self._privacy == "hash":
             known = hashlib.blake2b(ip.packed, digest_size=8, key=self._key)
@@ -1663,7 +1672,7 @@ class LocalAnswers:
     # RFC 8482 section 4.2: CPU "RFC8482", OS "".
     MINIMAL_ANY = response_of({TYPE_HINFO: b"\7RFC8482\0"}, ANY_TTL)
 
-    def __init__(self, exempt: Iterable[bytes] = ()) -> None:
+    def __init__(self, exempt: Iterable[bytes]) -> None:
         """Make all but those at or below domains that are exempt, in lower case."""
         leaving = frozenset(exempt)
         below = [apex for apex in LOCAL_ZONES if leaving & {*lineage(apex)}]
@@ -1714,8 +1723,7 @@ def is_private(address: bytes) -> bool:
         address = address[12:]
     if len(address) not in (4, 16):
         return False
-    found = ipaddress.ip_address(address)
-    return any(found in network for network in (*LOCAL_NETWORKS, *OTHER_NETWORKS))
+    return is_in(ipaddress.ip_address(address), (*LOCAL_NETWORKS, *OTHER_NETWORKS))
 
 
 def hinted_addresses(rdata: bytes) -> Iterator[bytes]:
@@ -1742,7 +1750,7 @@ def answered_addresses(response: Response) -> Iterator[bytes]:
 class RebindingGuard:
     """Keeps public names, and so web pages, from leading into the private network."""
 
-    def __init__(self, exempt: Iterable[bytes] = ()) -> None:
+    def __init__(self, exempt: Iterable[bytes]) -> None:
         self._exempt = frozenset(exempt)  # domains in wire format and lower case
 
     def screen(self, query: Query, response: Response) -> Response:
@@ -1927,6 +1935,7 @@ def public_key_pin(certificate: bytes) -> str:
 PARTIAL_CHAIN = 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; its name is new in Python 3.10
 TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
+EXPIRY_NOTICE = 14 * 86400  # s before the end of a certificate, to warn
 
 def names_of(tls: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
     """Return the names in the certificate that a session's server has proved."""
@@ -2858,9 +2867,8 @@ class UpstreamGroup:
         self.trust, self.timer, self.proxy = trust, timer, proxy
         self._timeout, self._strategy = config.timeout, config.strategy
         self.lock = threading.Lock()  # guards all below, and what it refers to
-        self.upstreams = [
-            Upstream(self, endpoint, index) for index, endpoint in enumerate(endpoints)
-        ]
+        places = enumerate(endpoints)
+        self.upstreams = [Upstream(self, each, index) for index, each in places]
         self.exchanges: dict[bytes, Exchange] = {}  # by key, the oldest first
         self.waiting = 0  # clients' queries in flight
         self.refreshes = 0  # exchanges that nobody waited for, since the start
@@ -3060,7 +3068,7 @@ class UpstreamGroup:
             blame = Exchange.SUSPECT if alone else 1
             for exchange in orphans:
                 guilty = exchange.sent_at >= innocent_at
-                self._lose(plan, link, exchange, error, guilty * blame)
+                self._lose(plan, link, exchange, str(error), guilty * blame)
             if error.cause == "unreachable" and home.down(now):
                 # This host knows of no way there: nobody waits for what is on one.
                 for each in home.links:
@@ -3248,12 +3256,7 @@ class UpstreamGroup:
         self._again(plan, exchange)
 
     def _lose(
-        self,
-        plan: Plan,
-        link: Link,
-        exchange: Exchange,
-        error: UpstreamError,
-        blame: int,
+        self, plan: Plan, link: Link, exchange: Exchange, why: str, blame: int
     ) -> None:
         """Send again what a link has left unanswered.
 
@@ -3268,7 +3271,7 @@ class UpstreamGroup:
             exchange.refused_by += (link.home,)
             exchange.losses = exchange.lane = 0
             if {*exchange.refused_by} >= {*self.upstreams}:
-                self._give_up(plan, exchange, f"{error} {exchange.copies} times")
+                self._give_up(plan, exchange, f"{why} {exchange.copies} times")
                 return
         if exchange.suspect:
             # Those of one lane that died go to others than where the rest are still.
@@ -3643,16 +3646,6 @@ class Proxy:
 # Who may ask, and how often. It knows addresses and time, nothing of sockets.
 
 
-def parse_client(host: str) -> IPAddress:
-    """Parse the address of a client, which is IPv4 where IPv6 only carries that."""
-    address = ipaddress.ip_address(host)
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def is_in(address: IPAddress, networks: Iterable[Network]) -> bool:
-    return any(address in network for network in networks)
-
-
 def is_open(network: Network) -> bool:
     """Tell whether a network has far more of the Internet than anybody's own."""
     ends = network.network_address, network.broadcast_address
@@ -3833,7 +3826,7 @@ class Listener(socketserver.TCPServer):
         # A link-local address with its interface, which the socket does not tell.
         found = socket.getaddrinfo(*address, flags=socket.AI_NUMERICHOST)
         self.address_family, *_, where = found[0]
-        self.version = "2" if self.address_family == socket.AF_INET6 else "1"
+        self.family = "2" if self.address_family == socket.AF_INET6 else "1"
         super().__init__(where, self.handler)  # type: ignore[arg-type]
         self.server_address = address[0], self.socket.getsockname()[1]
 
@@ -3917,7 +3910,7 @@ class UDPServer(Listener, socketserver.ThreadingUDPServer):
     handler = UDPHandler
 
     def server_activate(self) -> None:
-        self.lookup = self.proxy.lookup_from(("udp", self.version))
+        self.lookup = self.proxy.lookup_from(("udp", self.family))
         for option in (socket.SO_RCVBUF, SO_RCVBUFFORCE):
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, option, self.RECEIVE_BUFFER)
@@ -4219,7 +4212,7 @@ class TCPServer(Listener, socketserver.ThreadingTCPServer):
     idle_timeout: float = CLIENT_IDLE_TIMEOUT
 
     def server_activate(self) -> None:
-        self.transport = "dot" if self.encrypted else "tcp", self.version
+        self.transport = "dot" if self.encrypted else "tcp", self.family
         self.lookup = functools.partial(self.proxy.lookup, transport=self.transport)
         # Who computes a step of a handshake, of about 1 ms: OpenSSL does it without the
         # GIL, and all of them at once would take the processors from everybody else.
@@ -4715,10 +4708,10 @@ def draw_upstreams(upstreams: Upstreams, figures: Figures, now: float) -> str:
         if isinstance(since, float):
             state += f" for {write(now - since, 'time')}"
         ends = figures["upstream_certificate_expiry_timestamp_seconds", 0].get(name)
-        days = math.inf if ends is None else (ends - time.time()) / 86400
-        left = f"{write(days)}\u202fdays" if days > 0 else "expired"
-        if days < 14:
-            left = f'<i class="{"warn" if days > 0 else "bad"}"></i> {left}'
+        seconds = math.inf if ends is None else ends - time.time()
+        left = f"{write(seconds / 86400)}\u202fdays" if seconds > 0 else "expired"
+        if seconds < EXPIRY_NOTICE:
+            left = f'<i class="{"warn" if seconds > 0 else "bad"}"></i> {left}'
         row = [
             f"<strong>{where}</strong><small>{notes}</small>",
             f'<i class="{kind}"></i> {state}',
@@ -5376,7 +5369,6 @@ HEALTH_QUERY = HEADER.pack(0, RD | AD, 1, 0, 0, 1)[2:] + ROOT_QUESTION
 HEALTH_QUERY += build_opt(0, PAIR.pack(OPTION_UNCACHED, 0))
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens anywhere, here
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-EXPIRY_NOTICE = 14 * 86400  # s before the end of a certificate, to warn
 SAMPLES = 10  # queries to an upstream, one after the other
 STEP = 2.5  # s to connect, to shake hands, to answer
 IDLE_LIMIT = 65.0  # s to wait for an idle connection to close
@@ -5865,7 +5857,7 @@ class Daemon:
 
     def tell_ready(self, config: Config, user: str) -> None:
         """Log where it serves, whom it asks, and who it runs as."""
-        encrypted = [each for each in self.servers if getattr(each, "encrypted", False)]
+        encrypted = [each for each in self.servers if each.encrypted]
         note(
             *(logging.INFO, "ready"),
             listen=describe_servers(s for s in self.servers if s not in encrypted),
