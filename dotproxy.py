@@ -200,7 +200,7 @@ class FormatError(Exception):
 
 
 class UpstreamError(Exception):
-    """A connection that could not be made or kept: the next one is tried.
+    """Why there is no answer: mostly a connection that could not be made or kept.
 
     `cause` is one of a closed set of words, `str()` says what and how to mend it.
     """
@@ -1384,7 +1384,8 @@ shared = functools.lru_cache(4096)(lambda each: each)
 class Ready:
     """An answer without its ID, for a datagram without its ID.
 
-    A hit needs no other object: of 200,000 names each is far away, 0.1 us and more.
+    A hit needs no other object: with 200,000 names none of them is in the processor's
+    cache, so that each takes 0.1 us and more.
     """
 
     __slots__ = "answer", "entry", "label", "places", "settled_until", "until"
@@ -1456,7 +1457,7 @@ class Cache:
         return entry
 
     def put_all(self, items: Iterable[tuple[bytes, Response]], now: float) -> None:
-        """Store each response that may be, with its TTLs bounded, but without a key."""
+        """Store each response that has a key and may be; bound its TTLs, in place."""
         entries, grown = self._entries, 0
         prepare, overhead = self._prepare, self.OVERHEAD
         with self._lock:
@@ -1765,7 +1766,7 @@ class RebindingGuard:
 
 
 # ---- Timer and worker threads --------------------------------------------------------
-# What everything with a thread needs; nothing here knows of DNS.
+# What runs when, how many at once, and on which processor; nothing here knows of DNS.
 
 
 class ProcessorBinding:
@@ -1934,8 +1935,8 @@ def public_key_pin(certificate: bytes) -> str:
 
 PARTIAL_CHAIN = 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; its name is new in Python 3.10
 TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
-
 EXPIRY_NOTICE = 14 * 86400  # s before the end of a certificate, to warn
+
 
 def names_of(tls: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
     """Return the names in the certificate that a session's server has proved."""
@@ -2237,11 +2238,11 @@ class Link:
     def __init__(self, group: UpstreamGroup, home: Upstream, lane: int) -> None:
         self.home, self.lane, self._group = home, lane, group
         # Held by whoever writes to the socket, closes it or puts another in its place;
-        # guards the next three.
+        # guards the next two.
         self._sending = threading.Lock()
         self._socket: socket.socket | None = None
         self._unsent = b""
-        self._retry_at = 0.0  # when the timer is to write the rest
+        self._retry_at = 0.0  # when the timer is to write the rest; twice is no harm
         self.channel = Channel()
         self.thread: threading.Thread | None = None
         # All below belongs to the group's lock.
@@ -2255,8 +2256,8 @@ class Link:
         self.pending: dict[int, tuple[Exchange, float]] = {}
         # The oldest that is unanswered: where answers keep their order all wait for it.
         self.head: tuple[Exchange, float] | None = None
-        self._before: dict[int, tuple[Exchange, float]] = {}  # `pending` before answers
-        self._frames: list[bytes] = []
+        self._before: dict[int, tuple[Exchange, float]] = {}  # its thread's: see _match
+        self._frames: list[bytes] = []  # that `flush` is to send
         self._draw = draw_ids().__next__
 
     def want(self, now: float) -> None:
@@ -2767,7 +2768,7 @@ class Upstream:
             "error": str(self.error),
             "since": self.failing_since,
             "failed_at": self.failed_at,
-            "domain": "",
+            "domain": "",  # which the Proxy knows
             "latency": self.latency,
             "overdue_after": self.overdue_after,
             "idle_life": self.idle_life,
@@ -2964,7 +2965,7 @@ class UpstreamGroup:
                 upstream.connect(plan, urgent=False)
             return "; ".join(f"{u.endpoint}: {u.error}" for u in self.upstreams)
 
-    # Called by the threads of links.
+    # Called by the threads of links, and by who could not start one.
 
     def link_opened(self, link: Link, facts: TLSFacts) -> None:
         """Give a new link what waits for one."""
@@ -3398,7 +3399,7 @@ class UpstreamGroup:
 # From a question to its answer, whatever the transport: from the cache, from what this
 # host knows itself, or from the upstreams that its name is asked of.
 
-# Takes a datagram, the time and a tally; see Proxy.lookup.
+# Takes a message, the time and a tally; see Proxy.lookup.
 Lookup = Callable[[bytes, float, "list[Label]"], "bytes | Query | None"]
 
 
@@ -4957,7 +4958,8 @@ class Supervisor:
 
 
 # ---- Command line --------------------------------------------------------------------
-# Options become the one Config that all parts are given.
+# Options become the one Config that all parts are given. What the host or a file does
+# not allow is told with the option to mend.
 
 FIRST_PROCESS = "/proc/1/cmdline"  # what a container runs, or a host's init
 DNS_PORT, DOT_PORT = 53, 853  # RFC 7858 section 3.1
@@ -5376,7 +5378,8 @@ UNSEEN = "a program that cannot be seen"
 AGAIN = "check address and port, and firewalls in between, or give another upstream"
 
 Session = Union[ssl.SSLSession, None]
-Heard = tuple[Response, str, float]  # its Extended DNS Error; the seconds that it took
+# A response, the text of its Extended DNS Error, and the seconds that it took.
+Heard = tuple[Response, str, float]
 
 
 def ask(link: socket.socket, query: bytes, patience: float) -> Heard:
@@ -5483,7 +5486,7 @@ def try_address(
     config: Config, taken: contextlib.ExitStack, option: str, address: Address
 ) -> tuple[str, str]:
     """Bind and keep it, as two options may want one port; return what to say of it."""
-    # Not with SO_REUSEPORT: it would take queries from those that share the port.
+    # An AdminServer, which never has SO_REUSEPORT: that would take others' queries.
     plain = option == "--listen"
     try:
         with contextlib.ExitStack() as bound:  # and let go where not all of it is free
@@ -5653,7 +5656,7 @@ class Examination(Report):
 
 
 def examine(config: Config) -> list[Finding]:
-    """Examine this host and every upstream; blocks for about ten seconds at most."""
+    """Examine this host and every upstream; blocks for seconds, a minute if idle."""
     host, servers = look_at_host(config), list[Examination]()
     routes = [*(("", endpoint) for endpoint in config.upstream), *config.route]
     with contextlib.suppress(ConfigError):  # which is among the findings
