@@ -751,6 +751,16 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
+    def __add__(self, other: Histogram | int) -> Histogram:
+        """Return both together: with the same bounds, or with 0, where `sum` begins."""
+        both = Histogram(self.bounds)
+        more = other if isinstance(other, Histogram) else both
+        both.counts = [a + b for a, b in zip(self.counts, more.counts)]
+        both.sum = self.sum + more.sum
+        return both
+
+    __radd__ = __add__
+
     def rows(self) -> Iterable[tuple[str, str, float]]:
         """Return what Prometheus is told: suffix, label and number each."""
         counts = list(itertools.accumulate(self.counts))
@@ -3411,6 +3421,7 @@ def failure_response(error: UpstreamError) -> Response:
     return error_response(Rcode.SERVFAIL, option)
 
 
+ADDED = "_total", "_connections"  # ends of the metrics of which a sum makes sense
 TRUNCATED = UpstreamError("garbage", "the upstream cuts its answers short, in TLS")
 OVERLOADED = UpstreamError("overload", "too many queries in flight")
 
@@ -3607,8 +3618,12 @@ class Proxy:
         yield "dotproxy_queries_in_flight", (), self.in_flight
         yield "dotproxy_cache_prefetch_total", (), sum(g.refreshes for g in groups)
         yield from self.cache.samples()
-        found = [each for group in groups for each in group.samples()]
-        yield from {each[:2]: each for each in reversed(found)}.values()
+        found: dict[tuple[str, tuple[str, ...]], list[float | Histogram]] = {}
+        for name, labels, value in (s for group in groups for s in group.samples()):
+            found.setdefault((name, labels), []).append(value)
+        for (name, labels), values in found.items():  # of several domains perhaps
+            added = isinstance(values[0], Histogram) or name.endswith(ADDED)
+            yield name, labels, sum(values) if added else max(values, key=bool)
 
     def facts(self) -> list[dict[str, object]]:
         """Return how each upstream does; `domain`: the one that is routed to it."""

@@ -4224,6 +4224,19 @@ class ProxyMetricsTest(ProxyTestCase):
         self.assertEqual(self.count("turned_away_total", "overload"), 2)
         self.assertEqual(self.count("queries_in_flight"), 9)
 
+    def test_upstream_of_several_domains_is_counted_once_for_all(self) -> None:
+        self.build(route=[(name, UPSTREAM_NAME) for name in ("a.test", "b.test")])
+        for name in ("a.test", "a.b.test", "b.test", "c.test"):
+            self.ask(query(name))
+            self.answer("192.0.2.1")
+
+        for metric, number in (
+            *(("requests_total", 4), ("request_duration_seconds", 4)),
+            *(("connections", 3), ("up", 1), ("idle_life_seconds", 10.0)),
+        ):
+            found = self.count(f"upstream_{metric}", str(UPSTREAM_NAME))
+            self.assertEqual(found, number, metric)
+
     def test_trouble_is_none_while_the_cache_has_an_answer_to_serve(self) -> None:
         self.build(cache_stale=100.0, cache_fail_ttl=30.0)
         self.ask()
