@@ -165,11 +165,11 @@ def address(name: str | bytes, text: str, ttl: int = 300) -> bytes:
     return record(name, "A" if len(rdata) == 4 else "AAAA", rdata, ttl)
 
 
-def soa(name: str = "example.com", ttl: int = 300, minimum: int = 300) -> bytes:
-    """Build the SOA record of a negative answer (RFC 2308)."""
-    names = encode_name(f"ns.{name}") + encode_name(f"hostmaster.{name}")
+def soa(ttl: int = 300, minimum: int = 300) -> bytes:
+    """Build the SOA record of a negative answer from example.com (RFC 2308)."""
+    names = encode_name("ns.example.com") + encode_name("hostmaster.example.com")
     numbers = struct.pack("!5I", 1, 7200, 3600, 86400, minimum)
-    return record(name, "SOA", names + numbers, ttl)
+    return record("example.com", "SOA", names + numbers, ttl)
 
 
 def query(
@@ -1863,7 +1863,7 @@ class QueryLinesTest(DotproxyTestCase):
             '"dns.type":"answer","service.name":"dotproxy"}\n',
         )
 
-    def test_privacy_of_clients(self) -> None:
+    def test_client_is_shown_as_far_as_privacy_allows(self) -> None:
         asked = query("example.com")
         v4, v6 = ("192.0.2.77", 5000), ("2001:db8:1:2ff::7%lo", 5000)
         mapped, hashed = ("::ffff:192.0.2.77", 1), "381a8b0e1a330545"
@@ -2408,8 +2408,9 @@ class ScenarioTestCase(DotproxyTestCase):
 @contextlib.contextmanager
 def full_backlog(port: int = 0, host: str = LOCALHOST) -> Iterator[Address]:
     """Listen where no SYN is answered: the backlog is full, nobody accepts."""
-    listener = socket.create_server((host, port), backlog=0)
-    with listener, socket.socket() as one, socket.socket() as two:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=0)
+    with listener, socket.socket(family) as one, socket.socket(family) as two:
         for filler in (one, two):
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
@@ -2751,11 +2752,7 @@ class OnceTest(ScenarioTestCase):
                 hung.wait_for(lambda u: len(u.accepted) == 1)
                 client.ask()
             self.assertLess(time.monotonic() - start, 2.5)  # 3 s to connect
-            hung.drop_connections()
-            seen = len(hung.accepted)
-            client.send_fresh("good")
-
-            self.assertEqual(len(hung.accepted), seen)
+            self.assert_failed(client.ask())  # and at once: nothing else tells it
 
 
 class OneUpstream(ScenarioTestCase):
@@ -2940,8 +2937,8 @@ class SeveralUpstreams(ScenarioTestCase):
     def case_address_that_worked_is_tried_first(self) -> None:
         with (
             FakeUpstream() as upstream,
-            full_backlog(upstream.port, "127.0.0.2"),
-            self.named("one.test", upstream, "127.0.0.2", LOCALHOST) as client,
+            full_backlog(upstream.port, LOCALHOST_V6),
+            self.named("one.test", upstream, LOCALHOST_V6, LOCALHOST) as client,
         ):
             self.assert_right([client.ask()])
             for _ in range(2):
@@ -2952,8 +2949,8 @@ class SeveralUpstreams(ScenarioTestCase):
 
     def case_other_address_takes_over_when_the_one_that_worked_is_gone(self) -> None:
         with FakeUpstream() as first:
-            second = FakeUpstream(host="127.0.0.2", port=first.port)
-            hosts = LOCALHOST, "127.0.0.2"
+            second = FakeUpstream(host=LOCALHOST_V6, port=first.port)
+            hosts = LOCALHOST, LOCALHOST_V6
             with second, self.named("two.test", first, *hosts) as client:
                 self.assert_right([client.ask()])
                 first.stop()
@@ -3182,7 +3179,7 @@ class WatchedLock:
 class LockTest(DotproxyTestCase):
     """The table of locks in the docstring of dotproxy.py is true."""
 
-    # Whose lock may be taken while whose is held. No other may be held meanwhile.
+    # Whose lock may be held while whose is taken; no other pair is allowed.
     ALLOWED: ClassVar[set[tuple[str, str]]] = {
         *(("Link", "UpstreamGroup"), ("Link", "Channel")),
         *(("StreamHandler", "Channel"), ("TCPServer", "Channel")),
@@ -3236,7 +3233,7 @@ def cache_key(message: bytes) -> bytes:
 
 
 def read_response(message: bytes) -> dotproxy.Response:
-    return dotproxy.parse_response(message, 12 + len(parse(message).question))
+    return parsed_response(message, message)
 
 
 def make_cache(size: int = 1 << 20, **settings: Any) -> Cache:
@@ -3639,7 +3636,7 @@ class LocalAnswersTest(DotproxyTestCase):
             (entry,) = self.answer(reverse(text), "PTR").answers
             self.assertEqual((entry.type, entry.rdata), (12, encode_name("localhost")))
 
-    def test_name_without_what_was_asked_for(self) -> None:
+    def test_name_without_what_was_asked_for_has_the_soa_of_its_zone(self) -> None:
         for rcode, name, rrtype, zone in (
             *((0, zone, "A", zone) for zone in ("invalid", "local", "service.arpa")),
             (3, "a.invalid", "A", "invalid"),
@@ -3698,7 +3695,7 @@ class LocalAnswersTest(DotproxyTestCase):
                     answer = local_answer(name, exempt=[exempt])
                     self.assertEqual(answer is None, name in leaves)
 
-    def test_any_over_udp_and_other_classes(self) -> None:
+    def test_any_over_udp_is_minimal_and_special_names_have_one_class(self) -> None:
         for name in ("example.com", "localhost"):
             answer = local_answer(name, "ANY", stream=False)
             assert answer is not None
@@ -3904,7 +3901,7 @@ def extended_errors(message: Message) -> list[int]:
 class ProxyCacheTest(ProxyTestCase):
     def test_what_is_known_answers_neither_a_refusal_nor_the_health_check(self) -> None:
         self.learn()
-        past_the_cache = query(do=False, options=option(65432))
+        past_the_cache = query(do=False, options=option(UNCACHED))
 
         for _ in range(2):
             (answer,) = self.ask(query(do=False, edns_version=1))
@@ -4778,14 +4775,21 @@ class DoTContractTest(UDPv4ContractTest):
         return TLSClient(served.tls_address)
 
 
+def link_local_addresses() -> list[str]:
+    """Return those of this host, each with its zone, or skip the test."""
+    table, found = pathlib.Path("/proc/net/if_inet6"), []
+    for line in table.read_text().splitlines() if table.exists() else ():
+        digits, *_, zone = line.split()
+        if digits.startswith("fe80"):
+            found.append(f"{ipaddress.IPv6Address(bytes.fromhex(digits))}%{zone}")
+    if not found:
+        raise unittest.SkipTest("no interface has a link-local address")
+    return found
+
+
 class ListenerTest(DotproxyTestCase):
-    @unittest.skipUnless(os.path.exists("/proc/net/if_inet6"), "needs Linux and IPv6")
     def test_link_local_address_is_served_and_told_with_its_zone(self) -> None:
-        lines = pathlib.Path("/proc/net/if_inet6").read_text().splitlines()
-        for digits, *_, interface in map(str.split, lines):
-            if not digits.startswith("fe80"):
-                continue
-            host = f"{ipaddress.IPv6Address(bytes.fromhex(digits))}%{interface}"
+        for host in link_local_addresses():
             with self.subTest(host), serving(host=f"[{host}]:0") as served:
                 self.assertEqual(served.address[0], host)
                 where = socket.getaddrinfo(*served.address)[0][4]  # zone as number
@@ -5766,7 +5770,7 @@ class AdminServerTest(DotproxyTestCase):
         headers = dict(line.split(": ", 1) for line in lines)
         return int(first.split()[1]), headers, body
 
-    def test_proxy_without_it_imports_no_http(self) -> None:
+    def test_program_imports_no_http_until_there_are_pages_to_serve(self) -> None:
         code = "import sys, dotproxy; sys.exit('html' in sys.modules)"
         directory = os.path.dirname(compiled_program())
 
@@ -5811,15 +5815,9 @@ class AdminServerTest(DotproxyTestCase):
         self.assertEqual(page.status, 200)
 
     def test_link_local_address_is_served_on_with_its_zone(self) -> None:
-        with contextlib.suppress(OSError), open("/proc/net/if_inet6") as file:
-            for octets, *_, interface in map(str.split, file):
-                address = ipaddress.IPv6Address(bytes.fromhex(octets))
-                if address.is_link_local:
-                    where = f"{address}%{interface}"
-                    with dotproxy.AdminServer((where, 0), {}) as server:
-                        self.assertEqual(server.server_address[0], where)
-                    return
-        self.skipTest("no interface has a link-local address")
+        for where in link_local_addresses():
+            with self.subTest(where), dotproxy.AdminServer((where, 0), {}) as server:
+                self.assertEqual(server.server_address[0], where)
 
     def test_one_client_too_many_or_too_slow_is_closed(self) -> None:
         handler = self.server.RequestHandlerClass
@@ -6196,7 +6194,7 @@ class ConfigTest(DotproxyTestCase):
                     wanted = (value,) if listed else value
                     self.assertEqual(getattr(config, name), wanted)
 
-    def test_option_without_a_value(self) -> None:
+    def test_option_without_a_value_has_the_usual_one(self) -> None:
         config = configured("--admin", "--query-log", "--doctor", "--reuse-port")
         found = config.admin, config.query_log, config.doctor, config.reuse_port
         self.assertEqual(found, (("127.0.0.1", 9153), "-", "quick", True))
@@ -6809,9 +6807,9 @@ class Program:
         given = ["--listen=127.0.0.1:0", where, f"--ca-file={PKI.ca}", *options]
         return cls(*given, **variables)
 
-    def line_with(self, word: str, timeout: float = 10.0) -> str:
+    def line_with(self, word: str) -> str:
         """Wait for a line of output with this word."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + 10.0
         assert self._process.stdout is not None
         while True:
             for line in self.output.splitlines(keepends=True):
