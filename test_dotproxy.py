@@ -2940,12 +2940,13 @@ class SeveralUpstreams(ScenarioTestCase):
             full_backlog(upstream.port, LOCALHOST_V6),
             self.named("one.test", upstream, LOCALHOST_V6, LOCALHOST) as client,
         ):
-            self.assert_right([client.ask()])
-            for _ in range(2):
+            results = [client.ask()]
+            for _ in range(4):
                 upstream.drop_connections()
-                result = client.ask()
-                self.assert_right([result])
-                self.assertLess(result.elapsed, 0.9)
+                results.append(client.ask())
+            self.assert_right(results)
+            # The other address would take half a second each time that it is tried.
+            self.assertLess(sum(result.elapsed for result in results[1:]), 1.2)
 
     def case_other_address_takes_over_when_the_one_that_worked_is_gone(self) -> None:
         with FakeUpstream() as first:
