@@ -2986,12 +2986,9 @@ class UpstreamGroup:
             if link.end_reason:
                 return
             home.note_opened(link, facts, plan.now)
-            waiting = [
-                each
-                for each in self.exchanges.values()
-                if each.parked and each.lane == link.lane
-                if home in self._askable(each)
-            ]
+            parked = [e for e in self.exchanges.values() if e.parked]
+            waiting = [e for e in parked if e.lane == link.lane]
+            waiting = [e for e in waiting if home in self._askable(e)]
             if link.lane and home.in_order:  # each by itself, but for suspects
                 waiting = [e for e in waiting if e.suspect or e is waiting[0]]
             if waiting:
@@ -3409,8 +3406,9 @@ class UpstreamGroup:
 # From a question to its answer, whatever the transport: from the cache, from what this
 # host knows itself, or from the upstreams that its name is asked of.
 
+Found = Union[bytes, Query, None]  # the answer, what to resolve, or no answer is due
 # Takes a message, the time and a tally; see Proxy.lookup.
-Lookup = Callable[[bytes, float, "list[Label]"], "bytes | Query | None"]
+Lookup = Callable[[bytes, float, "list[Label]"], Found]
 
 
 def failure_response(error: UpstreamError) -> Response:
@@ -3470,9 +3468,7 @@ class Proxy:
         hot, renew = self.cache.hot[transport], self.cache.renew
         look_up = self.lookup
 
-        def lookup(
-            message: bytes, now: float, tally: list[Label]
-        ) -> bytes | Query | None:
+        def lookup(message: bytes, now: float, tally: list[Label]) -> Found:
             # Most queries repeat byte for byte, but for the ID.
             found = hot.get(message[2:])
             if found is not None and (now < found.until or renew(found, now)):
@@ -3484,7 +3480,7 @@ class Proxy:
 
     def lookup(
         self, message: bytes, now: float, tally: list[Label], transport: Transport
-    ) -> bytes | Query | None:
+    ) -> Found:
         """Return the answer to a message, or the query that has to be resolved.
 
         None for what deserves no answer. Never blocks, does no I/O, never raises: the
