@@ -288,7 +288,7 @@ TRANSFERS = TYPE_IXFR, TYPE_AXFR
 # How much EDNS an upstream gets: none, an OPT record, with keepalive, and with padding,
 # which hides nothing in clear text (RFC 7830 section 6).
 NO_EDNS, NO_OPTIONS, UNPADDED, PADDED = range(4)
-# Octets that a label takes, by its length: 63 at most, RFC 1035 section 2.3.4.
+# Octets that a label takes, by its length; above 63 there is none, but an IndexError.
 LABEL_SIZES = tuple(range(1, 65))
 
 
@@ -336,8 +336,8 @@ class Form:
         # May it come from the cache, and go there? What TCP clients get of ANY is not
         # for UDP, and no answer stands for a refusal.
         plain = OPTION_UNCACHED not in told and rrtype != TYPE_ANY
-        self.cachable = plain and not self.refusal
-        self.storable = self.cachable and flags & RD != 0
+        self.cacheable = plain and not self.refusal
+        self.storable = self.cacheable and flags & RD != 0
         self.key = kind + bytes([flags & CD | self.edns_flags >> 15])  # ends cache keys
         self.more_key = bytes([flags >> 8 & 1])  # of what may not be stored
         # AD is for those who say that they understand it, RFC 6840 section 5.7: we do.
@@ -366,7 +366,7 @@ class Query:
         # Lengths of labels are below "A": lower() changes letters only.
         self.key = self.cache_key = question[:-4].lower() + form.key
         if not form.storable:  # else one key, equal for what has the same answer
-            self.cache_key = self.key if form.cachable else b""
+            self.cache_key = self.key if form.cacheable else b""
             self.key += form.more_key
         self.client: ClientAddress = "", 0  # nobody as yet
         self.received = 0.0
@@ -5586,6 +5586,7 @@ class Examination(Report):
         except Exception as error:
             failure = error
         detail, cause = str(failure) or repr(failure), getattr(failure, "cause", "")
+        # What has been said until now tells how far it came.
         check, cure = ("connect", "handshake", "answers")[len(self.findings[:2])], AGAIN
         check = "certificate" if cause == "certificate" else check
         if cause in ("certificate", "tls"):

@@ -1135,7 +1135,7 @@ class QueryTest(DotproxyTestCase):
             with self.subTest(name):
                 asked = dotproxy.parse_query(message)
                 form, answered = asked.form, bool(asked.cache_key)
-                found = form.refusal, form.cachable, answered, form.storable
+                found = form.refusal, form.cacheable, answered, form.storable
                 self.assertEqual(found, (refusal, answers, answers, keeps))
 
     def test_what_is_unknown_or_of_no_use_passes(self) -> None:
