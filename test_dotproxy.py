@@ -2941,12 +2941,12 @@ class SeveralUpstreams(ScenarioTestCase):
             self.named("one.test", upstream, LOCALHOST_V6, LOCALHOST) as client,
         ):
             results = [client.ask()]
-            for _ in range(4):
+            for _ in range(2):
                 upstream.drop_connections()
                 results.append(client.ask())
             self.assert_right(results)
             # The other address would take half a second each time that it is tried.
-            self.assertLess(sum(result.elapsed for result in results[1:]), 1.2)
+            self.assertLess(sum(result.elapsed for result in results[1:]), 0.6)
 
     def case_other_address_takes_over_when_the_one_that_worked_is_gone(self) -> None:
         with FakeUpstream() as first:
