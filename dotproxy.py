@@ -620,7 +620,7 @@ def with_ttls(response: Response, change: Callable[[int], int]) -> bytes:
 
 def build_option(info: ExtendedError, text: str) -> bytes:
     """Build an Extended DNS Error option (RFC 8914 section 2)."""
-    reason = text.encode("utf-8", "replace")[:200].decode("utf-8", "ignore").encode()
+    reason = text.encode("utf-8", "replace")[:400].decode("utf-8", "ignore").encode()
     return struct.pack("!HHH", OPTION_EDE, 2 + len(reason), info) + reason
 
 
@@ -750,16 +750,6 @@ class Histogram:
         """Count a value so many times."""
         self.counts[bisect.bisect_left(self.bounds, value)] += times
         self.sum += value * times
-
-    def __add__(self, other: Histogram | int) -> Histogram:
-        """Return both together: with the same bounds, or with 0, where `sum` begins."""
-        both = Histogram(self.bounds)
-        more = other if isinstance(other, Histogram) else both
-        both.counts = [a + b for a, b in zip(self.counts, more.counts)]
-        both.sum = self.sum + more.sum
-        return both
-
-    __radd__ = __add__
 
     def rows(self) -> Iterable[tuple[str, str, float]]:
         """Return what Prometheus is told: suffix, label and number each."""
@@ -3419,7 +3409,6 @@ def failure_response(error: UpstreamError) -> Response:
     return error_response(Rcode.SERVFAIL, option)
 
 
-ADDED = "_total", "_connections"  # ends of the metrics of which a sum makes sense
 TRUNCATED = UpstreamError("garbage", "the upstream cuts its answers short, in TLS")
 OVERLOADED = UpstreamError("overload", "too many queries in flight")
 
@@ -3442,12 +3431,15 @@ class Proxy:
         self._max_in_flight = config.max_in_flight
         servers = [*(("", endpoint) for endpoint in config.upstream), *config.route]
         self._domains = {encode_domain(domain): domain for domain, _ in servers}
-        self._groups: dict[bytes, UpstreamGroup] = {}
+        self._group_by_name: dict[bytes, UpstreamGroup] = {}
+        self._groups: dict[tuple[Endpoint, ...], UpstreamGroup] = {}  # by servers
         for name, domain in self._domains.items():
-            found = [endpoint for each, endpoint in servers if each == domain]
-            self._groups[name] = UpstreamGroup(config, found, trust, timer, self)
-        root, *routed = self._groups
-        self._default = self._groups[root]
+            found = tuple(endpoint for each, endpoint in servers if each == domain)
+            if found not in self._groups:
+                self._groups[found] = UpstreamGroup(config, found, trust, timer, self)
+            self._group_by_name[name] = self._groups[found]
+        root, *routed = self._domains
+        self._default = self._group_by_name[root]
         self._local = LocalAnswers((*config.forward_special, *routed))
         self._guard: RebindingGuard | None = None
         if config.block_private_answers:  # servers of routed domains may give any
@@ -3527,7 +3519,8 @@ class Proxy:
     def _group_of(self, query: Query) -> UpstreamGroup:
         """Return the upstreams that this name is asked of."""
         names = lineage(query.key[: len(query.question) - 4])
-        return next(self._groups[name] for name in names if name in self._groups)
+        known = self._group_by_name
+        return next(known[name] for name in names if name in known)
 
     def resolve(self, queries: Sequence[Waiter]) -> None:
         """Have each query answered through its `reply`, exactly once; never blocks."""
@@ -3614,20 +3607,18 @@ class Proxy:
         yield "dotproxy_queries_in_flight", (), self.in_flight
         yield "dotproxy_cache_prefetch_total", (), sum(g.refreshes for g in groups)
         yield from self.cache.samples()
-        found: dict[tuple[str, tuple[str, ...]], list[float | Histogram]] = {}
-        for name, labels, value in (s for group in groups for s in group.samples()):
-            found.setdefault((name, labels), []).append(value)
-        for (name, labels), values in found.items():  # of several domains perhaps
-            added = isinstance(values[0], Histogram) or name.endswith(ADDED)
-            yield name, labels, sum(values) if added else max(values, key=bool)
+        found = [each for group in groups for each in group.samples()]
+        yield from {each[:2]: each for each in reversed(found)}.values()
 
     def facts(self) -> list[dict[str, object]]:
-        """Return how each upstream does; `domain`: the one that is routed to it."""
-        return [
-            {**facts, "domain": self._domains[name]}
-            for name, group in self._groups.items()
-            for facts in group.facts()
-        ]
+        """Return how each upstream does; `domain`: what is routed to it alone."""
+        found = []
+        for group in self._groups.values():
+            names = [n for n, each in self._group_by_name.items() if each is group]
+            domains = [self._domains[name] for name in names]
+            domain = ", ".join(domains) if all(domains) else ""  # of all names
+            found += [{**facts, "domain": domain} for facts in group.facts()]
+        return found
 
     def trouble(self) -> str:
         """Say why queries cannot be answered now, or nothing where they can."""

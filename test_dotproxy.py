@@ -4230,7 +4230,7 @@ class ProxyMetricsTest(ProxyTestCase):
 
         for metric, number in (
             *(("requests_total", 4), ("request_duration_seconds", 4)),
-            *(("connections", 3), ("up", 1), ("idle_life_seconds", 10.0)),
+            *(("connections", 1), ("up", 1), ("idle_life_seconds", 10.0)),
         ):
             found = self.count(f"upstream_{metric}", str(UPSTREAM_NAME))
             self.assertEqual(found, number, metric)
