@@ -4372,7 +4372,7 @@ class AdminServer(socketserver.ThreadingTCPServer):
     def __init__(self, address: Address, pages: Pages) -> None:
         """Bind the address, which may have a zone; raises OSError."""
         self.pages = pages
-        self._clients: set[socket.socket] = set()
+        self._clients: dict[socket.socket, None] = {}  # in the order they came
         strict = ipaddress.ip_address(address[0]).is_loopback
         self._own_host = re.compile(self.OWN_HOST if strict else ".*")
         found = socket.getaddrinfo(*address, flags=socket.AI_NUMERICHOST)
@@ -4390,8 +4390,13 @@ class AdminServer(socketserver.ThreadingTCPServer):
     def verify_request(  # type: ignore[override]
         self, request: socket.socket, client_address: Address
     ) -> bool:
-        self._clients.add(request)
-        return len(self._clients) <= self.MAX_CLIENTS
+        """Take everyone in; who came first, and may be slow for ever, makes room."""
+        self._clients[request] = None
+        for first in list(self._clients)[: -self.MAX_CLIENTS]:
+            self._clients.pop(first, None)
+            with contextlib.suppress(OSError):  # its thread finds it shut, and ends
+                first.shutdown(socket.SHUT_RDWR)
+        return True
 
     def find_page(self, path: str, host: str | None) -> Page:
         """Return a page, if the Host header, where there is one, may mean me."""
@@ -4401,7 +4406,7 @@ class AdminServer(socketserver.ThreadingTCPServer):
         return build() if build else Page("no such page; / lists them\n", status=404)
 
     def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
-        self._clients.discard(request)
+        self._clients.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -4409,7 +4414,7 @@ class AdminServer(socketserver.ThreadingTCPServer):
             note(logging.ERROR, "internal error", bug=True, server="admin")
 
     def server_close(self) -> None:
-        for request in list(self._clients):  # its thread finds it shut, and ends
+        for request in list(self._clients):
             with contextlib.suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
         super().server_close()
