@@ -4952,7 +4952,8 @@ class Supervisor:
         path = environment.get("NOTIFY_SOCKET", "")
         self._address = re.sub("^@", "\0", path)
         # A quarter, so that a loop that hung for a moment can still tell that it turns.
-        often = int(environment.get("WATCHDOG_USEC") or 0) / 4e6 or 10.0
+        given = environment.get("WATCHDOG_USEC", "")
+        often = int(given if given.isdecimal() else 0) / 4e6 or 10.0
         self.interval = min(often, 10.0) if path else None  # s between reports
 
     def tell(self, *lines: str) -> None:
@@ -5969,7 +5970,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with logging_to_stderr(config.log_level, config.log_format) as log:
             return run_errand(config) if config.doctor else run(config, log)
     except ConfigError as error:
-        print(f"dotproxy: {error}", file=sys.stderr)
+        print(f"dotproxy: {error}".translate(CONTROLS), file=sys.stderr)
         return error.status
 
 

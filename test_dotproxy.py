@@ -5735,10 +5735,11 @@ class SupervisorTest(DotproxyTestCase):
 
     def test_reports_are_due_in_time_for_the_watchdog(self) -> None:
         told = [{"NOTIFY_SOCKET": "/run/notify", "WATCHDOG_USEC": "6000000"}]
+        told += [{"NOTIFY_SOCKET": "/run/notify", "WATCHDOG_USEC": "-1s"}]
         told += [{"NOTIFY_SOCKET": "/run/notify"}, {"WATCHDOG_USEC": "6000000"}]
 
         found = [dotproxy.Supervisor(variables).interval for variables in told]
-        self.assertEqual(found, [1.5, 10.0, None])
+        self.assertEqual(found, [1.5, 10.0, 10.0, None])
 
 
 # ---- Admin server --------------------------------------------------------------------
@@ -6297,7 +6298,7 @@ class ConfigTest(DotproxyTestCase):
             (["--query-log-privacy=hash"], ["--query-log-privacy needs"]),
             (["--timeout"], ["--timeout"]),
             (["--tim=1"], ["--tim"]),
-            (["word"], ["word"]),
+            (["two\nlines"], ["two\\010lines"]),
             (["@/no/such/file"], ["/no/such/file"]),
             (["--ca-file=/no/such.pem"], ["/no/such.pem", "--ca-file"]),
             ([f"--ca-file={dotproxy.__file__}"], ["dotproxy.py", "no certificate"]),
