@@ -1042,9 +1042,10 @@ def is_journal() -> bool:
 
 
 def open_log(path: str) -> int:
-    """Open a file to append to; raises ConfigError."""
+    """Open a file to append to; raises ConfigError, also for a pipe nobody reads."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        return os.open(path, flags, 0o640)
     except OSError as error:
         text = f"cannot open {path}: {error.strerror}; mend --query-log"
         raise ConfigError(text) from error

@@ -1749,6 +1749,16 @@ class WriterTest(LogTestCase):
             self.assertEqual(self.reading.readline(), b"01234567\n")
         wait_until(lambda: not self.writer._octets)  # there is room again
 
+    def test_pipe_that_nobody_reads_is_refused_and_not_waited_for(self) -> None:
+        path = os.path.join(_directory.name, "pipe")
+        os.mkfifo(path)
+        late = threading.Timer(2, open, (path, "rb"))  # it would end the wait
+        late.start()
+        with self.assertRaisesRegex(dotproxy.ConfigError, "mend --query-log"):
+            dotproxy.Writer("log", path)
+        late.cancel()
+        late.join()
+
     def test_losses_are_told_once_a_minute(self) -> None:
         def put(calls: int, text: str) -> None:
             self.writer.put([f"{word}\n" for word in text.split()])
