@@ -5796,9 +5796,7 @@ class Daemon:
             self._services = Services(self._proxy, Admission(config), *shared)
             closing.callback(pool.close)
             patience = min(config.timeout + 0.5, 5.5)  # glibc's resolver gives up at 5
-            closing.callback(self._proxy.drain, patience)
-            closing.callback(clients.close, patience)
-            closing.callback(self._stop_loops)
+            closing.callback(self._answer_rest, clients, patience)
             for server in open_servers(config, self._services, passed):
                 self.servers.append(server)
                 sockets.enter_context(server)
@@ -5883,12 +5881,16 @@ class Daemon:
             umask=f"{UMASK:03o}",
         )
 
-    def _stop_loops(self) -> None:
+    def _answer_rest(self, clients: Clients, seconds: float) -> None:
+        """Take in no more, and have all that was asked answered in time."""
         stoppers = [threading.Thread(target=server.shutdown) for server in self._loops]
         for stopper in stoppers:
             stopper.start()
         for thread in (*stoppers, *self._loops.values()):
             thread.join()
+        deadline = elapsed() + seconds
+        clients.close(seconds)
+        self._proxy.drain(deadline - elapsed())
 
 
 def warn_of_strangers(config: Config) -> None:

@@ -6883,6 +6883,15 @@ class DaemonTest(DotproxyTestCase):
         order = [name.replace("_", ".", 1) for name, _, _ in ends.mock_calls]
         self.assertEqual(tuple(each for each, _ in itertools.groupby(order)), wanted)
 
+    def test_end_takes_as_long_with_clients_of_streams_as_without(self) -> None:
+        clock, close = Clock(), mock.patch.object(dotproxy.Clients, "close")
+        drain = mock.patch.object(dotproxy.Proxy, "drain")
+        with mock.patch("dotproxy.elapsed", clock), close as closed, drain as drained:
+            closed.side_effect = clock.advance
+            dotproxy.Daemon(dotproxy.Config(listen=((LOCALHOST, 0),))).close()
+
+        self.assertEqual(drained.call_args[0], (0.0,))
+
 
 class MainTest(DotproxyTestCase):
     def check_answered(self, client: Client) -> None:
