@@ -2061,8 +2061,8 @@ class Exchange:
     SUSPECT = 3  # losses after which it uses a lane; a link that it had alone counts 3
     __slots__ = (
         *("copies", "deadline", "done", "due", "edns", "failure", "lane", "last"),
-        *("live", "losses", "parked", "query", "refused_by", "sent_at", "stale"),
-        *("started", "waiters", "wire"),
+        *("live", "losses", "misread_by", "parked", "query", "refused_by", "sent_at"),
+        *("stale", "started", "waiters", "wire"),
     )
 
     def __init__(self, query: Query, now: float, patience: float) -> None:
@@ -2082,6 +2082,7 @@ class Exchange:
         self.lane = 0  # or the number of the links that it may use: others suffered
         self.last: Link | None = None  # that was used last; a copy takes another
         self.refused_by: tuple[Upstream, ...] = ()  # who answered SERVFAIL or the like
+        self.misread_by: Upstream | None = None  # who is to get less EDNS with it
         self.failure: Response | None = None  # the best that another may better
 
     @property
@@ -3022,7 +3023,7 @@ class UpstreamGroup:
 
     def _learn(self, home: Upstream, exchange: Exchange, now: float) -> None:
         """Learn from a good answer to what was refused, elsewhere or with more EDNS."""
-        if exchange.edns < home.edns and not home.endpoint.name:  # RFC 6891 section 7
+        if exchange.edns < home.edns and exchange.misread_by is home:
             home.edns, home.edns_until = exchange.edns, now + Upstream.EDNS_MEMORY
         for refuser in () if exchange.done else exchange.refused_by:
             if refuser is not home:
@@ -3142,10 +3143,11 @@ class UpstreamGroup:
     def _put(self, plan: Plan, link: Link, exchanges: Sequence[Exchange]) -> None:
         """Send a copy of each on this link."""
         home, copies = link.home, exchanges[0].copies
-        if home.edns < PADDED:
+        if home.edns < PADDED:  # what another did not understand tells nothing of it
             for exchange in exchanges:
-                if home.edns < exchange.edns:
-                    exchange.use_edns(home.edns)
+                own = exchange.edns if exchange.misread_by is home else home.edns
+                if exchange.edns != min(own, home.edns):
+                    exchange.use_edns(min(own, home.edns))
         patience = home.overdue_after
         if copies:
             patience = min(patience * self.SPREAD**copies, Upstream.OVERDUE_MAX)
@@ -3237,6 +3239,7 @@ class UpstreamGroup:
         clear, edns = not home.endpoint.name, min(exchange.edns, home.edns)
         if clear and edns > NO_EDNS and response.rcode in BAD_EDNS:
             # It may be EDNS that it does not understand, RFC 6891 section 7.
+            exchange.misread_by = home
             exchange.use_edns(NO_EDNS if response.rcode == Rcode.NOTIMP else edns - 1)
         else:
             exchange.refused_by += (home,)

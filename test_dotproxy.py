@@ -2933,6 +2933,15 @@ class SeveralUpstreams(ScenarioTestCase):
                 self.assertLess(result.elapsed, seconds, (first.script, rcode))
                 self.assertLessEqual(len(first.queries), queries)
 
+    def case_edns_is_not_kept_from_who_knows_it(self) -> None:
+        """By what another server of the same domain does not understand."""
+        pair = [FakeUpstream(each, on_accept="plain") for each in (failing(1), answer)]
+        with self.client(routes=[("example.com", each) for each in pair]) as client:
+            self.assert_right(client.run("good " * 5, 50))
+
+            self.assertTrue(pair[1].queries)
+            self.assertTrue(all(query.opt for query in pair[1].queries))
+
     def case_late_answer_has_a_copy_asked_of_another(self) -> None:
         for late, other, won in ((1.5, answer, 1), (0.4, delayed(0.8), 0)):
             slow = by_name({"slow": delayed(late)}), by_name({"slow": other})
