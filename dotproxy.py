@@ -2850,6 +2850,7 @@ class UpstreamGroup:
     CHECK = 0.02  # s between looks at the exchanges while there are any
     PATCH = 3.0  # s that an answer may come later than its clients wait, for the cache
     CERTAIN = 1.0  # s without any answer after which another copy needs no budget
+    SECOND_OPINION = 2.0  # s for others to answer better than SERVFAIL or the like
     SPREAD = 1.5  # each further copy of a query waits so many times longer
     MAX_EARLY = 5  # copies before that of one query; with 3 some answers take 2.3 s
     MAX_COPIES = 128  # of one query, whatever its links die of
@@ -3246,7 +3247,7 @@ class UpstreamGroup:
             if exchange.failure is None or response.rcode == Rcode.SERVFAIL:
                 exchange.failure = response
             # What was asked elsewhere too may be better, but not much later.
-            exchange.deadline = min(exchange.deadline, plan.now + self.CERTAIN)
+            exchange.deadline = min(exchange.deadline, plan.now + self.SECOND_OPINION)
             if exchange.live > 0:
                 return
             # A lone upstream is asked once more.

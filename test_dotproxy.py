@@ -2918,7 +2918,7 @@ class SeveralUpstreams(ScenarioTestCase):
     def case_answer_of_two_who_do_not_answer_well(self) -> None:
         for first, second, rcode, seconds, queries in (
             (FakeUpstream(failing(5)), FakeUpstream(failing(2)), 2, 0.9, 1),
-            (FakeUpstream(failing(2)), FakeUpstream(on_accept="hang"), 2, 3.0, 2),
+            (FakeUpstream(failing(2)), FakeUpstream(on_accept="hang"), 2, 4.0, 2),
             (FakeUpstream(silence), FakeUpstream(handshake_delay=0.3), 0, 3.0, 2),
             (
                 FakeUpstream(delayed(0.2, failing(2))),
@@ -2932,6 +2932,10 @@ class SeveralUpstreams(ScenarioTestCase):
                 self.assert_failed(result, rcode)
                 self.assertLess(result.elapsed, seconds, (first.script, rcode))
                 self.assertLessEqual(len(first.queries), queries)
+
+    def case_slow_answer_is_better_than_a_failure(self) -> None:
+        with self.several("failover", failing(2), delayed(1.5)) as (client, _):
+            self.assert_right([client.ask()])
 
     def case_edns_is_not_kept_from_who_knows_it(self) -> None:
         """By what another server of the same domain does not understand."""
