@@ -3190,7 +3190,7 @@ class UpstreamGroup:
             exchange.due = (last.waiting_since or now) + gap
             if now < exchange.due:
                 return
-            exchange.due = now + gap
+            exchange.due = now + (self.CERTAIN if late else gap)
             # To pass that by, over another link, adds no load where it hurts.
             free = len(last.pending) <= self.HEDGE_BURST
             if not (free or late or self._may_hedge(exchange, last, now)):
@@ -3222,9 +3222,10 @@ class UpstreamGroup:
         """
         if exchange.copies > self.MAX_EARLY or exchange.parked:
             return False
-        best = self._best(now, exchange) if last.silent(now) else None
-        if best is not None and best.home is not last.home:
-            return True
+        if len(self.upstreams) > 1 and last.silent(now):
+            best = self._best(now, exchange)
+            if best is not None and best.home is not last.home:
+                return True
         enough = self._tokens >= 1.0
         self._tokens -= enough
         return enough
