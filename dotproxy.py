@@ -3185,9 +3185,10 @@ class UpstreamGroup:
                 self._again(plan, exchange)
             return
         in_order, gap = last.home.in_order and last.open, last.home.overdue_after
-        behind = in_order and not last.led_by(exchange)  # it waits for another
+        since = None if last.led_by(exchange) else last.waiting_since
+        behind = in_order and since is not None  # it waits for another
         if behind:
-            exchange.due = (last.waiting_since or now) + gap
+            exchange.due = (since or now) + gap
             if now < exchange.due:
                 return
             exchange.due = now + (self.CERTAIN if late else gap)

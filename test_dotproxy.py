@@ -2937,6 +2937,12 @@ class SeveralUpstreams(ScenarioTestCase):
         with self.several("failover", failing(2), delayed(1.5)) as (client, _):
             self.assert_right([client.ask()])
 
+    def case_third_is_asked_where_one_is_silent_and_one_fails(self) -> None:
+        scripts = by_name({"odd": silence}), by_name({"odd": failing(2)}), answer
+        with self.several("failover", *scripts) as (client, _):
+            self.assert_right(client.run("good " * 5, 50))
+            self.assert_right([client.ask("odd.example.com")])
+
     def case_edns_is_not_kept_from_who_knows_it(self) -> None:
         """By what another server of the same domain does not understand."""
         pair = [FakeUpstream(each, on_accept="plain") for each in (failing(1), answer)]
