@@ -3147,8 +3147,7 @@ class UpstreamGroup:
         if home.edns < PADDED:  # what another did not understand tells nothing of it
             for exchange in exchanges:
                 own = exchange.edns if exchange.misread_by is home else home.edns
-                if exchange.edns != min(own, home.edns):
-                    exchange.use_edns(min(own, home.edns))
+                exchange.use_edns(min(own, home.edns))
         patience = home.overdue_after
         if copies:
             patience = min(patience * self.SPREAD**copies, Upstream.OVERDUE_MAX)
@@ -3224,8 +3223,8 @@ class UpstreamGroup:
         if exchange.copies > self.MAX_EARLY or exchange.parked:
             return False
         if len(self.upstreams) > 1 and last.silent(now):
-            best = self._best(now, exchange)
-            if best is not None and best.home is not last.home:
+            best = self._best(now, exchange) or last
+            if best.home is not last.home:
                 return True
         enough = self._tokens >= 1.0
         self._tokens -= enough
