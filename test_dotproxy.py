@@ -2255,8 +2255,14 @@ class Asker:
 
     def collect(self, count: int) -> list[Result]:
         """Wait for so many answers."""
-        found = [self._results.get(timeout=self.PATIENCE) for _ in range(count)]
-        return [Result(name, parse(message), took) for name, message, took in found]
+        results: list[Result] = []
+        for _ in range(count):
+            name, message, took = self._results.get(timeout=self.PATIENCE)
+            try:
+                results.append(Result(name, parse(message), took))
+            except (ValueError, IndexError, struct.error):  # as an upstream made it
+                results.append(Result(name, parse(message[:4] + bytes(8)), took))
+        return results
 
     def ask(self, name: str = "", transport: dotproxy.Transport = UDP) -> Result:
         """Ask one question and wait for the answer; a new one without a name."""
