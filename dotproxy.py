@@ -2342,7 +2342,8 @@ class Link:
             if head is not None and (passed or head == self.head):
                 # An answer that overtakes an older query proves that none waits for
                 # another. That one is not waited for again: it may never be answered.
-                self.home.in_order, self.home.overtook_at = False, now
+                if not head[0].done:
+                    self.home.in_order, self.home.overtook_at = False, now
                 del pending[ident]
                 pending[ident] = head
                 head = next(iter(pending.values()))
@@ -2534,7 +2535,7 @@ class Upstream:
     SHARED = 4  # links for everybody: one works, one hedges, others for when those hang
     LANES = 8  # links for queries that killed others, or that hold up those behind them
     ORDER_MEMORY = 5.0  # s after an overtaking before which that is not doubted
-    HELD = 3  # queries held up on one link, while another answers: it may be in order
+    HELD = 3  # queries held up on one link, from which on it may be in order
     LANE_PATIENCE = 2.0  # s for which a lane may owe an answer that nobody waits for
     OVERDUE_MIN, OVERDUE_MAX = 0.05, 1.0  # s; bounds of when an answer is overdue
     GRACE = 1.5  # s; one that was reached may be restarting: queries wait so long
@@ -2755,13 +2756,11 @@ class Upstream:
         """Unlearn that it answers out of order, where that does not look so any more.
 
         A server that leaves a query unanswered looks as if it overtook it. But if much
-        is held up on one link while another answers, it may be in order after all.
+        is held up on one link, and nothing overtook of late, it may be in order.
         """
-        heard = max(link.answered_at for link in self.links)
         for link in self.links if now - self.overtook_at > self.ORDER_MEMORY else ():
-            if link.silent(now) and heard > now - self.overdue_after:
-                held = sum(not e.done for e, _ in link.pending.copy().values())
-                self.in_order |= held >= self.HELD
+            held = sum(not e.done for e, _ in link.pending.copy().values())
+            self.in_order |= link.silent(now) and held >= self.HELD
 
     def facts(self) -> dict[str, object]:
         return {

@@ -2426,6 +2426,21 @@ class ScenarioTestCase(DotproxyTestCase):
         self.assertEqual(result.message.rcode, rcode, result.name)
 
 
+def in_order(seconds: float) -> Script:
+    """Answer each connection in order: slow names take so long, others no time."""
+
+    def script(message: Message, connection: FakeConnection) -> Reply:
+        begin = max(time.monotonic(), connection.busy_until)
+        slow = message.qname.startswith("slow")
+        connection.busy_until = begin + seconds * slow
+        if message.qname.startswith("never"):
+            return silence
+        connection.perform_at(connection.busy_until, answer, message)
+        return None
+
+    return script
+
+
 @contextlib.contextmanager
 def full_backlog(port: int = 0, host: str = LOCALHOST) -> Iterator[Address]:
     """Listen where no SYN is answered: the backlog is full, nobody accepts."""
@@ -2790,13 +2805,7 @@ class OneUpstream(ScenarioTestCase):
 
     def check_in_order(self, seconds: float, mode: str, count: int) -> None:
         """One name in forty takes so long, and holds up what is behind it."""
-
-        def script(message: Message, connection: FakeConnection) -> None:
-            begin = max(time.monotonic(), connection.busy_until)
-            slow = message.qname.startswith("slow")
-            connection.busy_until = begin + seconds * slow
-            connection.perform_at(connection.busy_until, answer, message)
-
+        script = in_order(seconds)
         upstreams = [FakeUpstream(script, on_accept=mode) for _ in range(count)]
         routes = [("example.com", upstream) for upstream in upstreams]
         with self.client(routes=routes) as client:
@@ -3120,6 +3129,15 @@ class LifeTest(ScenarioTestCase):
             self.ahead += 130.0  # and none is kept where clients are quiet
             wait_until(lambda: not upstream.live)
             self.assert_right([client.ask()])
+
+    def test_order_is_learned_again_where_a_lost_query_looked_overtaken(self) -> None:
+        with self.before(in_order(3.0), "plain", timeout=1.5) as (_, client):
+            client.run("never good", 1000)
+            self.ahead += 6.0
+            results = client.run(f"good good slow {TENS * 6}", 50)
+
+            right = sum(result.right for result in results)
+            self.assertGreater(right, 0.9 * len(results))
 
     def test_sleep_of_the_host_has_all_connections_replaced(self) -> None:
         with self.before() as (upstream, client):
