@@ -3332,6 +3332,9 @@ class UpstreamGroup:
                     stale.append((self._release(exchange), exchange.stale))
         if stale:
             self.proxy.serve_stale(stale, now)
+        rate = self._asked / self.ROUND
+        if rate > ProcessorBinding.BUSY:  # sure before `_look` comes to it
+            self.proxy.binding.update(self, rate)
 
     def _look(self) -> None:
         """Keep links in order while clients are active."""
