@@ -841,8 +841,7 @@ class Metrics:
         with self._lock:
             self._count_locked(tally)
             for seconds in waits:
-                duration.counts[bisect.bisect_left(LATENCIES, seconds)] += 1
-            duration.sum += sum(waits)
+                duration.observe(seconds)
             if source in (UPSTREAM, LOCAL):
                 self._counts["cache_misses", ()] += len(answers)
         if self.query_log is not None:
@@ -2603,10 +2602,10 @@ class Upstream:
         """
         lane, last = (exchange.lane, exchange.last) if exchange else (0, None)
         ordered = self.in_order and last is not None
-        held = [link for link in self.links if link.led_by(exchange)]
-        sure = len(held) > self.SHARED - 2 or any(link.answered() for link in held)
-        if ordered and not lane and sure:  # else that link may be mute, not held up
-            return None
+        if ordered and not lane:
+            held = [link for link in self.links if link.led_by(exchange)]
+            if len(held) > self.SHARED - 2 or any(link.answered() for link in held):
+                return None  # else that link may be mute, not held up
         single = self.in_order and lane and exchange and not exchange.suspect
         best: Link | None = None
         for link in self.links:
@@ -2758,9 +2757,12 @@ class Upstream:
         A server that leaves a query unanswered looks as if it overtook it. But if much
         is held up on one link, and nothing overtook of late, it may be in order.
         """
-        for link in self.links if now - self.overtook_at > self.ORDER_MEMORY else ():
-            held = sum(not e.done for e, _ in link.pending.copy().values())
-            self.in_order |= link.silent(now) and held >= self.HELD
+        if self.in_order or now - self.overtook_at <= self.ORDER_MEMORY:
+            return
+        for link in self.links:
+            if link.silent(now):
+                held = sum(not e.done for e, _ in link.pending.copy().values())
+                self.in_order |= held >= self.HELD
 
     def facts(self) -> dict[str, object]:
         return {
@@ -3011,9 +3013,7 @@ class UpstreamGroup:
                 current = exchanges.pop(exchange.query.key, None)
                 if current is not None:
                     current.done = exchange.done = True
-                    waiters, current.waiters = current.waiters, []
-                    self.waiting -= len(waiters)
-                    finished.append((waiters, response))
+                    finished.append((self._release(current), response))
         if finished:
             self.proxy.answer(finished, (UPSTREAM, home.endpoint), now)
         if bad or first:
@@ -3146,7 +3146,8 @@ class UpstreamGroup:
         if home.edns < PADDED:  # what another did not understand tells nothing of it
             for exchange in exchanges:
                 own = exchange.edns if exchange.misread_by is home else home.edns
-                exchange.use_edns(min(own, home.edns))
+                if exchange.edns != min(own, home.edns):
+                    exchange.use_edns(min(own, home.edns))
         patience = home.overdue_after
         if copies:
             patience = min(patience * self.SPREAD**copies, Upstream.OVERDUE_MAX)
@@ -3201,8 +3202,8 @@ class UpstreamGroup:
             alone = in_order and self._best(now, exchange) is None
             exchange.due = (now if late else exchange.sent_at) + self.CERTAIN
             # In a lane it waits until another link, or its upstream, is known better.
-            ways = [link for link in last.home.links if link.open and link.lane == lane]
-            stays = alone and lane and ways
+            ways = (link for link in last.home.links if link.lane == lane)
+            stays = alone and lane and any(link.open for link in ways)
             if stays or not (late or self._may_hedge(exchange, last, now)):
                 exchange.lane = lane
                 return
@@ -3543,9 +3544,11 @@ class Proxy:
         if len(self._groups) == 1:
             self._default.ask(queries)
         else:
-            runs = itertools.groupby(queries, lambda each: self._group_of(each[0]))
-            for group, run in runs:
-                group.ask(list(run))
+            shares: dict[UpstreamGroup, list[Waiter]] = {}
+            for waiter in queries:
+                shares.setdefault(self._group_of(waiter[0]), []).append(waiter)
+            for group, share in shares.items():
+                group.ask(share)
         excess = self.in_flight - self._max_in_flight
         if excess > 0:
             # A tenth of all at once, so that to look through them costs each little.
