@@ -499,9 +499,9 @@ def parse_response(message: bytes, end: int) -> Response:
     try:
         for number in range(sure + extra):
             first = message[offset]
-            place = offset + (2 if first >= 0xC0 else 1)
-            if 0 < first < 0xC0:
-                place = skip_name(message, offset)
+            place = offset + 2  # a pointer is the rule
+            if first < 0xC0:
+                place = skip_name(message, offset) if first else offset + 1
             rrtype, _, ttl, length = RECORD.unpack_from(message, place)
             if rrtype == TYPE_OPT:
                 if number < sure or behind or first:
@@ -1561,16 +1561,17 @@ class Cache:
 
     def _make_room_locked(self) -> None:
         """Let the oldest go; one that was used is spared, and counts as unused."""
-        entries, size, spared = self._entries, self._config.cache_size, 0
-        while self.size > size:
-            key, entry = entries.popitem(last=False)
+        entries, limit, spared, gone = self._entries, self._config.cache_size, 0, 0
+        while self.size > limit:
+            key, entry = entries.popitem(False)
             if entry.hits and spared < min(len(entries) // 2, self.SPARED):
                 entry.hits = 0
                 entries[key] = entry
                 spared += 1
             else:
                 self._forget_locked(key, entry)
-                self._evictions += 1
+                gone += 1
+        self._evictions += gone
 
     def _forget_locked(self, key: bytes, entry: CacheEntry) -> None:
         """Do what an entry asks for that was taken out."""
@@ -3013,7 +3014,8 @@ class UpstreamGroup:
                 current = exchanges.pop(exchange.query.key, None)
                 if current is not None:
                     current.done = exchange.done = True
-                    finished.append((self._release(current), response))
+                    finished.append((current.waiters, response))
+            self.waiting -= sum(len(waiters) for waiters, _ in finished)
         if finished:
             self.proxy.answer(finished, (UPSTREAM, home.endpoint), now)
         if bad or first:
