@@ -2020,6 +2020,7 @@ class ProcessorBindingTest(DotproxyTestCase):
         with (
             mock.patch.object(os, "sched_getaffinity", return_value={0, 1}),
             mock.patch.object(os, "sched_setaffinity") as bind,
+            mock.patch.object(os, "sched_setscheduler") as interrupt,
             mock.patch.object(sys, "_is_gil_enabled", lambda: True, create=True),
         ):
             binding = dotproxy.ProcessorBinding()
@@ -2031,6 +2032,9 @@ class ProcessorBindingTest(DotproxyTestCase):
                 binding.update(source, rate)
                 chosen = {len(call.args[1]) for call in bind.call_args_list}
                 self.assertEqual(chosen, {number} if number else set(), (source, rate))
+                if number:
+                    policy = os.SCHED_BATCH if number == 1 else os.SCHED_OTHER
+                    self.assertEqual(interrupt.call_args.args[1], policy)
 
 
 class WorkerPoolTest(DotproxyTestCase):
