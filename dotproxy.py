@@ -1786,6 +1786,9 @@ class ProcessorBinding:
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         able = gil and hasattr(os, "SCHED_BATCH")  # on Linux
         self._processors = os.sched_getaffinity(0) if able else set()
+        self._usual = False  # who chose another policy for it keeps that
+        with contextlib.suppress(OSError):  # musl knows of none
+            self._usual = able and os.sched_getscheduler(0) == os.SCHED_OTHER
         self._bound = False
         self._rates: dict[object, float] = {}  # by who asks
 
@@ -1799,9 +1802,11 @@ class ProcessorBinding:
         chosen = {random.choice(sorted(self._processors))} if bind else self._processors
         policy = os.SCHED_BATCH if bind else os.SCHED_OTHER
         for thread in threading.enumerate():
+            number = thread.native_id or 0  # 0: this one; the other just begins
             with contextlib.suppress(OSError):  # it may have ended, or may not do that
-                os.sched_setaffinity(thread.native_id or 0, chosen)
-                os.sched_setscheduler(thread.native_id or 0, policy, os.sched_param(0))
+                os.sched_setaffinity(number, chosen)
+                if self._usual:
+                    os.sched_setscheduler(number, policy, os.sched_param(0))
 
 
 class Timer(threading.Thread):

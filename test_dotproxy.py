@@ -2015,26 +2015,28 @@ class TimerTest(DotproxyTestCase):
         self.assert_calls("now")
 
 
+@unittest.skipUnless(hasattr(os, "SCHED_BATCH"), "what Linux has")
 class ProcessorBindingTest(DotproxyTestCase):
-    def test_sum_of_all_rates_binds_and_sets_free(self) -> None:
-        with (
-            mock.patch.object(os, "sched_getaffinity", return_value={0, 1}),
-            mock.patch.object(os, "sched_setaffinity") as bind,
-            mock.patch.object(os, "sched_setscheduler") as interrupt,
-            mock.patch.object(sys, "_is_gil_enabled", lambda: True, create=True),
+    def look(self, usual: int, busy: int) -> None:
+        """Check that the sum of all rates binds threads, and sets them free."""
+        os.sched_setscheduler(0, usual, os.sched_param(0))
+        number, binding = len(os.sched_getaffinity(0)), dotproxy.ProcessorBinding()
+        for source, rate, wanted in (
+            *(("one", 3000.0, (number, usual)), ("other", 3000.0, (1, busy))),
+            *(("other", 0.0, (1, busy)), ("one", 500.0, (number, usual))),
         ):
-            binding = dotproxy.ProcessorBinding()
-            for source, rate, number in (
-                *(("one", 3000.0, None), ("other", 3000.0, 1)),
-                *(("other", 0.0, None), ("one", 500.0, 2)),  # the first: not quiet yet
-            ):
-                bind.reset_mock()
-                binding.update(source, rate)
-                chosen = {len(call.args[1]) for call in bind.call_args_list}
-                self.assertEqual(chosen, {number} if number else set(), (source, rate))
-                if number:
-                    policy = os.SCHED_BATCH if number == 1 else os.SCHED_OTHER
-                    self.assertEqual(interrupt.call_args.args[1], policy)
+            binding.update(source, rate)
+            found = len(os.sched_getaffinity(0)), os.sched_getscheduler(0)
+            self.assertEqual(found, wanted, (source, rate))
+
+    def test_threads_are_bound_while_busy_and_interrupt_none(self) -> None:
+        self.have(mock.patch.object(sys, "_is_gil_enabled", lambda: True, create=True))
+        for usual, busy in (
+            (os.SCHED_OTHER, os.SCHED_BATCH),
+            (os.SCHED_IDLE, os.SCHED_IDLE),  # the operator's choice
+        ):
+            with self.subTest(usual), concurrent.futures.ThreadPoolExecutor(1) as pool:
+                pool.submit(self.look, usual, busy).result()
 
 
 class WorkerPoolTest(DotproxyTestCase):
