@@ -31,8 +31,8 @@ The path of a query
     Where to look for other things
 
     a TTL                 Cache._prepare brings it within its bounds, once, in what is
-                          stored and served; CacheEntry.answer and Cache.renew count it
-                          down, or the former sets it anew, where it is stale
+                          stored, before that is served; CacheEntry.answer and
+                          Cache.renew count it down; where it is stale it is set anew
     a lost connection     to an upstream: UpstreamGroup.link_ended; Upstream.note_end
                           judges health, UpstreamGroup._lose asks again what was left
                           unanswered. To a client: StreamHandler.finish
@@ -61,7 +61,8 @@ Threads; those that serve are started once a process that began as root has give
     tcp-*         one per listening socket: accepts connections, those of TLS too
     stream        pool, one per connected TCP or DoT client: shakes hands, reads,
                   answers from the cache, sends on
-    upstream-*    one per open link, up to 12 an upstream: connects, reads, replies
+    upstream-*    one per open link, up to 12 a server of a group: connects, reads,
+                  replies
     timer         hedges, time-outs, stale answers, refreshes: whatever is for later
     admin-*       accepts HTTP clients, each of which then has a thread of its own
     doctor        --doctor alone: pool, one per upstream
@@ -612,13 +613,15 @@ def build_answer(
     return head + question + body + opt
 
 
-def with_ttls(response: Response, low: int, high: int, age: int = 0) -> bytes:
-    """Return the records of a response, each TTL `age` less and within bounds."""
-    body = bytearray(response.body)
-    for offset in response.ttl_offsets:
-        (ttl,) = TTL.unpack_from(body, offset)
-        TTL.pack_into(body, offset, min(max(ttl - age, low), high))
-    return bytes(body)
+def with_ttls(
+    octets: bytes, places: Sequence[int], low: int, high: int, age: int = 0
+) -> bytes:
+    """Return records with the TTLs at these places `age` less and within bounds."""
+    changed = bytearray(octets)
+    for place in places:
+        (ttl,) = TTL.unpack_from(changed, place)
+        TTL.pack_into(changed, place, min(max(ttl - age, low), high))
+    return bytes(changed)
 
 
 def build_option(info: ExtendedError, text: str) -> bytes:
@@ -682,7 +685,7 @@ def answerable(message: bytes) -> bool:
 # the query log, where there is one; the rest is asked for when somebody looks.
 
 CACHE, STALE, UPSTREAM, LOCAL = SOURCES = "cache", "stale", "upstream", "local"
-# Why some got no answer, as counted here; Clients counts "connections".
+# Why some were not served, as counted here; Clients counts "connections".
 TURNED_AWAY = "acl", "rate-limit", "slip", "overload", "format-error"
 LATENCIES = tuple(0.00025 * 2**n for n in range(16))  # CoreDNS's buckets, in seconds
 TYPES = """
@@ -1051,6 +1054,13 @@ def open_log(path: str) -> int:
         raise ConfigError(text) from error
 
 
+def is_ready(peer: socket.socket | int, event: int, seconds: float = 0.0) -> bool:
+    """Wait at most so long for an event; tell whether it, or an error, is there."""
+    poller = select.poll()  # select itself takes no descriptor above 1023
+    poller.register(peer, event)
+    return bool(poller.poll(seconds * 1000))
+
+
 class Writer:
     """Appends lines to a file in a thread of its own, and tells how many it lost."""
 
@@ -1128,7 +1138,7 @@ class Writer:
         octets = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
         try:
             while octets:
-                select.select([], [self._descriptor], [])  # stderr is as it was given
+                is_ready(self._descriptor, select.POLLOUT, 60)  # stderr is as given
                 with contextlib.suppress(BlockingIOError):
                     octets = octets[os.write(self._descriptor, octets) :]
         except OSError as error:
@@ -1365,10 +1375,11 @@ class CacheEntry:
     def answer(self, query: Query, now: float) -> bytes:
         """Build an answer: TTLs have counted down; a stale one says that it is."""
         response = parse_response(self.message, 12 + len(query.question))
+        records = response.body, response.ttl_offsets
         if now < self.expires:
-            body = with_ttls(response, 0, MAX_TTL, int(now - self.stored_at))
+            body = with_ttls(*records, 0, MAX_TTL, int(now - self.stored_at))
             return build_answer(query, response, body)
-        body = with_ttls(response, self.STALE_TTL, self.STALE_TTL)
+        body = with_ttls(*records, self.STALE_TTL, self.STALE_TTL)
         info = ExtendedError.STALE_ANSWER
         if response.rcode == NXDOMAIN:
             info = ExtendedError.STALE_NXDOMAIN_ANSWER
@@ -1457,11 +1468,10 @@ class Cache:
 
     def put_all(self, items: Iterable[tuple[bytes, Response]], now: float) -> None:
         """Store each response that has a key and may be; bound its TTLs, in place."""
-        entries, grown = self._entries, 0
-        prepare, overhead = self._prepare, self.OVERHEAD
+        entries, grown, overhead = self._entries, 0, self.OVERHEAD
         with self._lock:
             for key, response in items if self._config.cache_size else ():
-                entry, old = prepare(key, response, now), entries.get(key)
+                entry, old = self._prepare(key, response, now), entries.get(key)
                 if old is not None:
                     # NOERROR and NXDOMAIN refresh it, stored or not (RFC 8767 section
                     # 4); a failure never takes the place of what can be served.
@@ -1502,11 +1512,7 @@ class Cache:
             if now < ready.until:
                 return True
             passed = int(now - ready.until) + 1
-            answer = bytearray(ready.answer)
-            for place in ready.places:
-                (ttl,) = TTL.unpack_from(answer, place)
-                TTL.pack_into(answer, place, ttl - passed if ttl > passed else 0)
-            ready.answer = bytes(answer)
+            ready.answer = with_ttls(ready.answer, ready.places, 0, MAX_TTL, passed)
             ready.until = min(ready.until + passed, ready.settled_until)
             ready.entry.hits += 1
         return True
@@ -1545,7 +1551,7 @@ class Cache:
             return None
         if longest > high or shortest < low:
             life = life if failed else min(max(life, low), high)
-            response.body = with_ttls(response, low, high)
+            response.body = with_ttls(response.body, response.ttl_offsets, low, high)
             message = b""
         if response.upstream_options or not message:  # padding takes 380 octets
             answers, authority, extra = response.counts
@@ -1574,7 +1580,6 @@ class Cache:
         self._evictions += gone
 
     def _forget_locked(self, key: bytes, entry: CacheEntry) -> None:
-        """Do what an entry asks for that was taken out."""
         self.size -= self.OVERHEAD + len(key) + len(entry.message)
         if entry.ready:
             self._drop_ready_locked(entry)
@@ -1776,19 +1781,16 @@ class ProcessorBinding:
 
     Under the GIL one runs at a time, yet each system call may wake one elsewhere, which
     costs more than the call: uncached queries take 47 us on two processors, 35 on one.
-    There none interrupts another as it wakes (SCHED_BATCH, sched(7)): what is read at
-    once is twice as much, and a query takes 31 us, not 34.
+    Nor does one that wakes interrupt another (SCHED_BATCH): twice as much is read at
+    once, which takes off a further twelfth.
     """
 
     BUSY, QUIET = 4000.0, 1000.0  # queries/s sent upstream that bind and set free
 
     def __init__(self) -> None:
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-        able = gil and hasattr(os, "SCHED_BATCH")  # on Linux
-        self._processors = os.sched_getaffinity(0) if able else set()
-        self._usual = False  # who chose another policy for it keeps that
-        with contextlib.suppress(OSError):  # musl knows of none
-            self._usual = able and os.sched_getscheduler(0) == os.SCHED_OTHER
+        self._able = gil and hasattr(os, "SCHED_BATCH")  # on Linux
+        self._processors: set[int] = set()  # those that it had before it was bound
         self._bound = False
         self._rates: dict[object, float] = {}  # by who asks
 
@@ -1796,17 +1798,19 @@ class ProcessorBinding:
         """Bind or set free as the sum of all rates asks for; any thread may call it."""
         self._rates[source] = rate
         bind = sum(self._rates.copy().values()) > (self.BUSY, self.QUIET)[self._bound]
-        if not self._processors or bind == self._bound:
+        if not self._able or bind == self._bound:
             return
         self._bound = bind
-        chosen = {random.choice(sorted(self._processors))} if bind else self._processors
-        policy = os.SCHED_BATCH if bind else os.SCHED_OTHER
+        chosen, policies = self._processors, (os.SCHED_BATCH, os.SCHED_OTHER)
+        if bind:
+            self._processors, policies = os.sched_getaffinity(0), policies[::-1]
+            chosen = {random.choice(sorted(self._processors))}
         for thread in threading.enumerate():
             number = thread.native_id or 0  # 0: this one; the other just begins
             with contextlib.suppress(OSError):  # it may have ended, or may not do that
                 os.sched_setaffinity(number, chosen)
-                if self._usual:
-                    os.sched_setscheduler(number, policy, os.sched_param(0))
+                if os.sched_getscheduler(number) == policies[0]:  # no other is ours
+                    os.sched_setscheduler(number, policies[1], os.sched_param(0))
 
 
 class Timer(threading.Thread):
@@ -2220,8 +2224,12 @@ class Channel:
             return TLSFacts()
         with self._lock:
             version, resumed = str(self._tls.version()), bool(self._tls.session_reused)
-            fields = self._tls.getpeercert() or {}
             certificate = self._tls.getpeercert(binary_form=True) or b""
+            try:
+                fields = self._tls.getpeercert() or {}
+            except ValueError:
+                why = "the certificate has a name that is no text"
+                raise UpstreamError("certificate", why) from None
         expires = ssl.cert_time_to_seconds(str(fields["notAfter"]))
         return TLSFacts(version, resumed, expires, certificate)
 
@@ -2242,6 +2250,7 @@ class Link:
 
     MAX_PENDING = 16384  # a quarter of the IDs: a random free one is found at once
     FORGOTTEN = 30.0  # s after which a query that was never answered gives up its ID
+    CROWDED = MAX_PENDING // 2  # from which on it does as soon as nobody waits for it
     STRAYS = 256  # messages in a row that answer nothing: a burst has fewer duplicates
     READ_SIZE = 65536
     IDLE_MARGIN = 0.8  # of an idle life is used: clocks are coarse and packets travel
@@ -2276,7 +2285,6 @@ class Link:
         """Note that it is to be opened; `start` does that, without the lock."""
         self.running, self.retired, self.end_reason = True, False, ""
         self.begun_at, self.opened_at, self.answered_at = now, -math.inf, -math.inf
-        self.waiting_since = self.head = None
         self._frames = []
 
     def start(self) -> None:
@@ -2339,11 +2347,6 @@ class Link:
         pending = self.pending
         if answered or pending:  # a ticket, or close_notify, ends no idleness
             self.active_at = now
-        while pending:
-            ident, (exchange, sent_at) = next(iter(pending.items()))
-            if now - sent_at < self.FORGOTTEN or now < exchange.deadline:
-                break
-            del pending[ident]
         self.waiting_since = now if pending else None
         ident, head = next(iter(pending.items())) if pending else (0, None)
         if answered:
@@ -2385,12 +2388,12 @@ class Link:
                     self._group.timer.at(self._retry_at, self.flush)
                 return
 
-    def close(self) -> None:
-        """Wake its thread, which ends it; any thread, never waits for the network."""
+    def close(self, begun_at: float) -> None:
+        """Wake the thread, begun then, which ends it; never waits for the network."""
         with self._sending, contextlib.suppress(OSError):
             # Of an open one the reading side alone: close_notify is to follow.
             way = socket.SHUT_RD if self.open else socket.SHUT_RDWR
-            if self._socket is not None:
+            if self._socket is not None and self.begun_at == begun_at:
                 self._socket.shutdown(way)
 
     def _run(self) -> None:
@@ -2751,6 +2754,10 @@ class Upstream:
             useless = quiet > patience if link.lane else stuck or link.retired
             if not link.open:
                 continue
+            kept = Link.FORGOTTEN if len(link.pending) < Link.CROWDED else 0.0
+            for ident, (exchange, sent_at) in link.pending.copy().items():
+                if exchange.done and now - sent_at >= kept:
+                    link.pending.pop(ident, None)
             if since is not None and now - since > silence:
                 plan.close(link, "timeout")
             elif useless and link.idle():  # free for another that answers
@@ -2839,7 +2846,7 @@ class Plan:
         """Have a link closed, unless it is; it takes no queries from now on."""
         if not link.end_reason:
             link.end_reason, link.retired = reason, True
-            self.todo[link.close] = None
+            self.todo[functools.partial(link.close, link.begun_at)] = None
 
     def __exit__(self, *_: object) -> None:
         self.group.lock.release()
@@ -2995,6 +3002,7 @@ class UpstreamGroup:
             waiting = [e for e in waiting if home in self._askable(e)]
             if link.lane and home.in_order:  # each by itself, but for suspects
                 waiting = [e for e in waiting if e.suspect or e is waiting[0]]
+            waiting = waiting[: Link.MAX_PENDING]  # the others at the next look
             if waiting:
                 self._put(plan, link, waiting)
                 home.counts["conn_cache_misses",] += len(waiting)
@@ -3002,8 +3010,7 @@ class UpstreamGroup:
     def link_answered(self, link: Link, answers: Sequence[Answer], now: float) -> None:
         """Hand on what has a good answer; ask again about the rest."""
         bad = [a for a in answers if a[1].rcode in FAILURE_RCODES or a[1].flags & TC]
-        faults = {id(each) for each in bad}
-        good = [each for each in answers if id(each) not in faults] if bad else answers
+        good = [each for each in answers if each not in bad] if bad else answers
         # Into the cache first: who finds no exchange to join finds the answer there.
         responses = self.proxy.store(good, now) if good else []
         home, exchanges = link.home, self.exchanges
@@ -3220,7 +3227,7 @@ class UpstreamGroup:
                 return
             exchange.lane = int(alone)
         self._again(plan, exchange)
-        if exchange.parked and late and last.open and not behind:
+        if exchange.parked and late and last.fit(now) and not behind:
             self._put(plan, last, (exchange,))  # no other to be had: the same again
             exchange.parked = True
         if exchange.copies > copies and exchange.last is not None:
@@ -3324,10 +3331,8 @@ class UpstreamGroup:
         self.waiting -= len(waiters)
         return waiters
 
-    # Called by the timer.
-
     def _check(self) -> None:
-        """Look at the exchanges, the oldest first, while there are any."""
+        """Look at the exchanges, the oldest first, while there are any: the timer."""
         stale: list[tuple[Sequence[Waiter], CacheEntry]] = []
         with Plan(self) as plan:
             now = plan.now
@@ -3449,12 +3454,13 @@ class Proxy:
         self.cache = Cache(config)
         self.binding = ProcessorBinding()
         self._max_in_flight = config.max_in_flight
-        servers = [*(("", endpoint) for endpoint in config.upstream), *config.route]
-        self._domains = {encode_domain(domain): domain for domain, _ in servers}
+        servers: dict[str, tuple[Endpoint, ...]] = {"": config.upstream}
+        for domain, endpoint in config.route:
+            servers[domain] = (*servers.get(domain, ()), endpoint)
+        self._domains = {encode_domain(domain): domain for domain in servers}
         self._group_by_name: dict[bytes, UpstreamGroup] = {}
         self._groups: dict[tuple[Endpoint, ...], UpstreamGroup] = {}  # by servers
-        for name, domain in self._domains.items():
-            found = tuple(endpoint for each, endpoint in servers if each == domain)
+        for name, found in zip(self._domains, servers.values()):
             if found not in self._groups:
                 self._groups[found] = UpstreamGroup(config, found, trust, timer, self)
             self._group_by_name[name] = self._groups[found]
@@ -3619,8 +3625,6 @@ class Proxy:
             entry.ask_at = now + Cache.STALE_RETRY
         self.answer(waiting, (STALE, None), now)
 
-    # What others ask.
-
     def samples(self) -> Iterator[Sample]:
         """Return the metrics of the proxy, its cache and its upstreams, each once."""
         groups = self._groups.values()
@@ -3679,7 +3683,7 @@ def is_open(network: Network) -> bool:
 class RateLimiter:
     """Token buckets by prefix, in bounded memory; any thread may ask."""
 
-    MAX_PREFIXES = 100_000  # about 30 MB; the longest unused is forgotten first
+    MAX_PREFIXES = 100_000  # about 20 MB; the longest unused is forgotten first
 
     def __init__(self, rate: float, burst: float) -> None:
         """Make buckets of `burst` tokens that get `rate` tokens a second."""
@@ -3808,13 +3812,6 @@ def accept(listener: socket.socket) -> tuple[socket.socket, Address]:
         request.close()
         raise ConnectionAbortedError(errno.ECONNABORTED, "reset by the client")
     return request, address
-
-
-def is_ready(peer: socket.socket, event: int, seconds: float = 0.0) -> bool:
-    """Wait at most so long for an event; tell whether it, or an error, is there."""
-    poller = select.poll()  # select itself takes no descriptor above 1023
-    poller.register(peer, event)
-    return bool(poller.poll(seconds * 1000))
 
 
 class Services(NamedTuple):
@@ -4046,6 +4043,8 @@ class StreamHandler(socketserver.BaseRequestHandler):
             for octets in self._receive():
                 queries, rest = split_frames(rest + octets)
                 self._serve(queries)
+                if any(len(each) < MIN_MESSAGE for each in queries):
+                    break  # that is no DNS
             self._wait(0)  # it gets what it asked for
 
     def finish(self) -> None:
@@ -4325,7 +4324,7 @@ class Identity:
         except ssl.SSLCertVerificationError as error:
             why = f"refused by clients: {error.verify_message}"
             note(logging.WARNING, loaded, file=self._chain, error=why)
-        except OSError as error:  # of TLS, or a file that has just been removed
+        except (OSError, ValueError) as error:  # TLS; no such file; a name is no text
             reason = str(getattr(error, "reason", None) or "cannot be read")
             reason = reason.replace("_", " ").lower()
             text = f"cannot use {self._chain} with the key in {self._key}: {reason}"
@@ -5173,7 +5172,7 @@ class Config(NamedTuple):
     cache_size: int = option("BYTES", SIZE, 32 << 20,
         "memory for answers, with K, M or G if you like; 0 for no cache (default: 32M)")
     cache_min_ttl: int = option("SECONDS", number(int, 0, 86400), 0,
-        "keep answers at least this long")
+        "keep answers at least this long, but for those with a TTL of 0")
     cache_max_ttl: int = option("SECONDS", number(int, 0, 7 * 86400), 7 * 86400,
         "keep answers at most so long")
     cache_fail_ttl: float = option("SECONDS", number(int, 0, 30), 1,
@@ -5364,7 +5363,8 @@ def describe_bind_error(
 
 def count_descriptors(config: Config) -> int:
     """Return how many may be in use: clients that end, and a margin, among them."""
-    links = (Upstream.SHARED + Upstream.LANES) * len(config.upstream + config.route)
+    servers = {*config.upstream, *(server for _, server in config.route)}
+    links = (Upstream.SHARED + Upstream.LANES) * len(servers)
     return 2 * config.max_tcp_clients + links + 64
 
 
@@ -5869,9 +5869,9 @@ class Daemon:
         if not self.is_turning(time.monotonic()):
             return ["STATUS=a receiving loop hangs"]
         proxy, states = self._proxy, [each["state"] for each in self._proxy.facts()]
-        up = sum(state not in ("down", "doubtful") for state in states)
+        up = f"{states.count('up')} of {len(states)} upstreams up"
         work = f"{proxy.in_flight} queries in flight, {len(proxy.cache)} answers cached"
-        return ["WATCHDOG=1", f"STATUS={up} of {len(states)} upstreams up, {work}"]
+        return ["WATCHDOG=1", f"STATUS={up}, {work}"]
 
     def log_state(self) -> None:
         """Write the state of the proxy and of each upstream to the log, in seconds."""

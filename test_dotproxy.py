@@ -3045,6 +3045,11 @@ class WaitingTest(OneUpstream, SeveralUpstreams):
             self.run_cases(20, RESTLESS_SCENES, cases)
 
 
+def no_text(binary_form: bool = False) -> bytes:
+    """Do as getpeercert where a name in the certificate is no text."""
+    return b"" if binary_form else bytes(b"\xfc".decode(), "ascii")
+
+
 class LifeTest(ScenarioTestCase):
     """What hours do, or seconds in which the host sleeps."""
 
@@ -3102,6 +3107,38 @@ class LifeTest(ScenarioTestCase):
 
             wait_until(forgotten)
             self.assertEqual(len(never.collect(300)), 300)
+
+    def test_names_given_up_on_make_room_for_others(self) -> None:
+        self.have(mock.patch.multiple(dotproxy.Link, MAX_PENDING=100, CROWDED=50))
+        with self.before(by_name({"never": silence}), timeout=0.5) as (_, client):
+            self.assert_right([client.ask()])
+            for _ in range(6):
+                client.send_fresh("never " * 100)
+            client.collect(600)
+            time.sleep(2 * dotproxy.UpstreamGroup.ROUND)
+
+            self.assert_right(client.run("good " * 20, 100))
+
+    def test_close_of_an_earlier_connection_ends_no_later_one(self) -> None:
+        with self.before() as (upstream, client):
+            self.assert_right([client.ask()])
+            links = [o for o in gc.get_objects() if isinstance(o, dotproxy.Link)]
+            link = next(each for each in links if each.open)
+            link.close(link.begun_at - 1.0)  # what was decided of the one before
+            self.assert_right([client.ask()])
+            self.assertEqual(len(upstream.accepted), 1)
+
+            link.close(link.begun_at)
+            wait_until(lambda: not link.open)
+            self.assert_right([client.ask()])
+            self.assertEqual(len(upstream.accepted), 2)
+
+    def test_certificate_with_a_name_that_is_no_text_is_told(self) -> None:
+        self.have(mock.patch.object(ssl.SSLObject, "getpeercert", side_effect=no_text))
+        with self.before(timeout=0.5) as (_, client):
+            result = client.ask()
+            self.assert_failed(result)
+            self.assertIn(b"a name that is no text", result.message.raw)
 
     def test_thread_that_cannot_start_counts_as_a_failed_connection(self) -> None:
         with self.before(timeout=0.3) as (upstream, client):
@@ -3879,7 +3916,7 @@ class FakeLink(dotproxy.Link):
     def flush(self) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, begun_at: float = 0.0) -> None:
         error = UpstreamError(self.test.trouble or "closed", self.test.trouble)
         self.group.link_ended(self, error)
 
@@ -4021,6 +4058,24 @@ class ProxyCacheTest(ProxyTestCase):
                 self.answer("192.0.2.1")
 
                 self.assertEqual(client[0].addresses, ["192.0.2.1"])
+
+    def test_link_that_opens_late_takes_no_more_than_it_may(self) -> None:
+        def start(link: FakeLink) -> None:
+            opened = functools.partial(
+                link.group.link_opened, link, dotproxy.TLSFacts()
+            )
+            self.timer.at(self.clock() + 1.0, opened)
+
+        self.have(mock.patch.object(FakeLink, "start", start))
+        self.have(mock.patch.object(dotproxy.Link, "MAX_PENDING", 10))
+        clients = [self.ask(query(f"{n}.example")) for n in range(95)]
+
+        for _ in range(20):
+            self.timer.advance(0.25)
+            self.assertLessEqual(max(len(each.pending) for each in self.links), 10)
+            self.answer("192.0.2.1")
+
+        self.assertEqual([each[0].rcode for each in clients], [0] * 95)
 
     def test_cold_name_is_asked_for_once_whatever_options_clients_send(self) -> None:
         clients = [
@@ -5053,6 +5108,14 @@ class TCPServerTest(DotproxyTestCase):
                     ids = {parse(client.receive()).id for _ in range(slow)}
                     self.assertEqual(ids, set(range(slow)))
 
+    def test_client_that_sends_less_than_a_header_is_parted_with(self) -> None:
+        with serving() as served:
+            for size in (0, 1, 11):
+                client = self.have(TCPClient(served.address, 5))  # at once, that is
+                client.send_raw(frame(bytes(size)))
+                with self.subTest(size):
+                    self.assert_closed(client)
+
     def test_half_closed_client_still_gets_its_answers(self) -> None:
         hold = Hold()
         with serving(hold) as served, TCPClient(served.address) as client:
@@ -5439,6 +5502,15 @@ class IdentityTest(DotproxyTestCase):
                 self.assertEqual([w for w in [*words, "; give"] if w not in line], [])
                 self.assertNotIn("\n", line)
 
+    def test_reload_survives_a_name_that_is_no_text(self) -> None:
+        identity = dotproxy.Identity(PKI.good)
+        with (
+            mock.patch.object(ssl.SSLObject, "getpeercert", side_effect=no_text),
+            self.assertLogs(dotproxy.logger, "WARNING") as logged,
+        ):
+            identity.reload()
+        self.assertIn("certificate not replaced", logged.output[0])
+
     def test_reload_replaces_the_pair_by_a_good_one_only(self) -> None:
         with tempfile.NamedTemporaryFile(suffix=".pem") as file:
             rotate(file.name, PKI.good)
@@ -5643,6 +5715,9 @@ class DescriptorTest(DotproxyTestCase):
     def test_limit_is_raised_or_there_are_fewer_clients_and_a_warning(self) -> None:
         config = dotproxy.Config(listen=(("127.0.0.1", 53),))
         wanted, unlimited = dotproxy.count_descriptors(config), resource.RLIM_INFINITY
+        domains = [(f"{n}.test", config.upstream[0]) for n in range(9)]
+        routed = config._replace(route=tuple(domains))  # servers that it has already
+        self.assertEqual(dotproxy.count_descriptors(routed), wanted)
         for soft, hard, most, clients in (
             (256, unlimited, wanted, 512),
             (wanted, 8192, 0, 512),
@@ -6978,7 +7053,7 @@ class MainTest(DotproxyTestCase):
             told.append(heard.next())
             self.assertEqual(process.wait(10), 0)
 
-        status = r"WATCHDOG=1\nSTATUS=1 of 1 upstreams up, .*"
+        status = r"WATCHDOG=1\nSTATUS=[01] of 1 upstreams up, .*"  # 0 at the start
         reload = r"RELOADING=1\nMONOTONIC_USEC=\d+"
         end = r"STOPPING=1\nWATCHDOG=1"
         wanted = ("READY=1", status, reload, "READY=1", status, end)
