@@ -87,7 +87,7 @@ callback or a call that waits for anybody else, but for the start of a pool's th
 
     Tables of forms and free clients, AdminServer's clients and who looks into the cache
     have no lock: single operations of a dict or a set are atomic on every build. So it
-    is where the thread of a link, and nobody else, takes out of Link.pending.
+    is where the thread of a link takes out of Link.pending; nobody else may without.
 """
 
 from __future__ import annotations
@@ -437,7 +437,7 @@ def parse_query(message: bytes, transport: Transport = UDP_TRANSPORT) -> Query:
     if not form.storable:
         query.cache_key = key if form.cacheable else b""
         query.key = key + form.more_key
-    query.stale = None
+    query.stale = None  # set, as it is read each time: reading a default takes longer
     return query
 
 
@@ -1067,7 +1067,7 @@ class Writer:
     LIMIT = 8 << 20  # octets that may wait or are being written
     GATHER = 0.05  # s in which lines gather: to wake the thread costs more than a line
     REPORT = 60.0  # s between reports of lost lines, at least
-    PATIENCE = 2.0  # s that the end waits for a file that takes nothing
+    PATIENCE = 2.0  # s to wait for a file that takes nothing, each time and at the end
 
     def __init__(self, name: str, path: str = "-", descriptor: int = 2) -> None:
         """Open a file, or with `-` write to what is open; raises ConfigError."""
@@ -1138,7 +1138,8 @@ class Writer:
         octets = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
         try:
             while octets:
-                is_ready(self._descriptor, select.POLLOUT, 60)  # stderr is as given
+                # Else `write` may wait or fail: stderr is as it was given.
+                is_ready(self._descriptor, select.POLLOUT, self.PATIENCE)
                 with contextlib.suppress(BlockingIOError):
                     octets = octets[os.write(self._descriptor, octets) :]
         except OSError as error:
@@ -2323,6 +2324,15 @@ class Link:
         """Tell whether nobody waits for what is pending."""
         return all(exchange.done for exchange, _ in self.pending.copy().values())
 
+    def forget(self, now: float) -> int:
+        """Give up old IDs that nobody waits for; tell how many somebody waits for."""
+        kept, awaited = self.FORGOTTEN if len(self.pending) < self.CROWDED else 0.0, 0
+        for ident, (exchange, sent_at) in self.pending.copy().items():
+            awaited += not exchange.done
+            if exchange.done and now - sent_at >= kept:
+                self.pending.pop(ident, None)
+        return awaited
+
     def queue(self, exchanges: Sequence[Exchange], now: float, patience: float) -> None:
         """Put queries where `flush` finds them, to be looked at after `patience`."""
         if self.waiting_since is None:
@@ -2348,7 +2358,7 @@ class Link:
         if answered or pending:  # a ticket, or close_notify, ends no idleness
             self.active_at = now
         self.waiting_since = now if pending else None
-        ident, head = next(iter(pending.items())) if pending else (0, None)
+        ident, head = next(iter(pending.items()), (0, None))
         if answered:
             self.answered_at = now
             passed = ident in itertools.islice(self._before, answered)
@@ -2743,43 +2753,31 @@ class Upstream:
         return report
 
     def look(self, plan: Plan, silence: float) -> None:
-        """Have links closed that are of no use, or were silent for so many seconds."""
+        """Have links closed that are of no use, or were silent for so many seconds.
+
+        Unlearn as well that it answers out of order. A server that leaves a query
+        unanswered looks as if it overtook it. But if much is held up on one link, and
+        nothing overtook of late, it may be in order.
+        """
         now, shared = plan.now, self.links[: self.SHARED]
         stuck = self.in_order and all(link.open and link.silent(now) for link in shared)
-        for link in self.links:
+        for link in filter(lambda each: each.open, self.links):
             since, quiet = link.waiting_since, now - link.active_at
             # A lane is kept for a moment: what it was opened for may be on its way, or
             # the server still at work on what nobody waits for.
             patience = Link.IDLE_MIN if since is None else self.LANE_PATIENCE
             useless = quiet > patience if link.lane else stuck or link.retired
-            if not link.open:
-                continue
-            kept = Link.FORGOTTEN if len(link.pending) < Link.CROWDED else 0.0
-            for ident, (exchange, sent_at) in link.pending.copy().items():
-                if exchange.done and now - sent_at >= kept:
-                    link.pending.pop(ident, None)
+            awaited = link.forget(now)
             if since is not None and now - since > silence:
                 plan.close(link, "timeout")
-            elif useless and link.idle():  # free for another that answers
+            elif useless and not awaited:  # free for another that answers
                 plan.close(link, "spare")
             elif since is None and not link.fit(now):
                 plan.close(link, "idle")
-        self._doubt_order(now)
+            if awaited >= self.HELD and link.silent(now):
+                self.in_order |= now - self.overtook_at > self.ORDER_MEMORY
         if self.edns_until <= now:
             self.edns = PADDED if self.endpoint.name else UNPADDED
-
-    def _doubt_order(self, now: float) -> None:
-        """Unlearn that it answers out of order, where that does not look so any more.
-
-        A server that leaves a query unanswered looks as if it overtook it. But if much
-        is held up on one link, and nothing overtook of late, it may be in order.
-        """
-        if self.in_order or now - self.overtook_at <= self.ORDER_MEMORY:
-            return
-        for link in self.links:
-            if link.silent(now):
-                held = sum(not e.done for e, _ in link.pending.copy().values())
-                self.in_order |= held >= self.HELD
 
     def facts(self) -> dict[str, object]:
         return {
@@ -2788,7 +2786,6 @@ class Upstream:
             "error": str(self.error),
             "since": self.failing_since,
             "failed_at": self.failed_at,
-            "domain": "",  # which the Proxy knows
             "latency": self.latency,
             "overdue_after": self.overdue_after,
             "idle_life": self.idle_life,
@@ -3010,7 +3007,8 @@ class UpstreamGroup:
     def link_answered(self, link: Link, answers: Sequence[Answer], now: float) -> None:
         """Hand on what has a good answer; ask again about the rest."""
         bad = [a for a in answers if a[1].rcode in FAILURE_RCODES or a[1].flags & TC]
-        good = [each for each in answers if each not in bad] if bad else answers
+        faults = {id(each) for each in bad}
+        good = [each for each in answers if id(each) not in faults] if bad else answers
         # Into the cache first: who finds no exchange to join finds the answer there.
         responses = self.proxy.store(good, now) if good else []
         home, exchanges = link.home, self.exchanges
@@ -3331,8 +3329,10 @@ class UpstreamGroup:
         self.waiting -= len(waiters)
         return waiters
 
+    # Called by the timer.
+
     def _check(self) -> None:
-        """Look at the exchanges, the oldest first, while there are any: the timer."""
+        """Look at the exchanges, the oldest first, while there are any."""
         stale: list[tuple[Sequence[Waiter], CacheEntry]] = []
         with Plan(self) as plan:
             now = plan.now
