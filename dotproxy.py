@@ -420,10 +420,7 @@ known_form = functools.lru_cache(maxsize=1024)(parse_form)
 
 
 def parse_query(message: bytes, transport: Transport = UDP_TRANSPORT) -> Query:
-    """Parse a query of whatever length; raises FormatError.
-
-    Zone transfers and EDNS versions above 0 parse, with a `refusal`.
-    """
+    """Parse a query, also one that its form has a `refusal` for; or FormatError."""
     end, size = end_of_question(message), len(message)
     read = known_form if size <= MAX_KNOWN else parse_form
     query = Query()
@@ -4326,6 +4323,8 @@ class Identity:
             note(logging.WARNING, loaded, file=self._chain, error=why)
         except (OSError, ValueError) as error:  # TLS; no such file; a name is no text
             reason = str(getattr(error, "reason", None) or "cannot be read")
+            if not isinstance(error, OSError):
+                reason = "a name in the certificate is no text"
             reason = reason.replace("_", " ").lower()
             text = f"cannot use {self._chain} with the key in {self._key}: {reason}"
             cure = "give the one that it was made with, with --tls-key PEM, and without"
